@@ -1,0 +1,35 @@
+"""Where the bundle (configs, weights, docs) lies."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def locate_bundle() -> str:
+    """The folder of the bundle in use; the default of ``bundle_root`` in every config.
+
+    ``monai.bundle`` does not tell a config where it lies, so this looks, in this order, at ``--config_file`` on the
+    command line (the bundle is the parent of its ``configs`` folder), and beside this package, where it lies in a
+    checkout of the repository.
+
+    Raises:
+        FileNotFoundError: there is no bundle there.
+    """
+    beside_package = Path(__file__).resolve().parent.parent / "bundle"
+    for folder in [*_bundles_of_command_line(sys.argv), beside_package]:
+        if (folder / "configs" / "metadata.json").is_file():
+            return str(folder)
+    raise FileNotFoundError(
+        f"the bundle is not beside the package ({beside_package}); name its folder with --bundle_root"
+    )
+
+
+def _bundles_of_command_line(arguments: list[str]) -> list[Path]:
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name.lstrip("-").replace("-", "_") == "config_file":
+            value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
+            first = value.strip("[]() ").split(",")[0].strip("'\" ")
+            return [Path(first).resolve().parent.parent]
+    return []

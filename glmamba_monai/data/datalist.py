@@ -1,0 +1,313 @@
+"""Which volumes are trained on and which are held out: pairs of target and reference, split by patient."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from glmamba_monai.data.layouts import Subjects, contrast_name, find_subjects, read_json_datalist
+from glmamba_monai.data.phantom import demo_data
+from glmamba_monai.files import write_json
+from glmamba_monai.transforms.grid import require_same_grid
+
+logger = logging.getLogger(__name__)
+
+Item = dict[str, str]
+Datalist = dict[str, list[Item]]
+DATALIST_FILE = "datalist.json"
+VALIDATION_FRACTION = 0.2  # the paper's share on IXI: 92 of 460
+
+
+def dataset_or_demo(dataset_dir: str | os.PathLike[str] | None) -> str:
+    """The data set folder, or where none is given, the embedded phantom (made and cached at first use)."""
+    if dataset_dir is not None:
+        return str(dataset_dir)
+    folder = demo_data()
+    logger.warning(
+        "No dataset_dir is given: using the embedded SYNTHETIC brain phantom in %s. It shows that the chain works; "
+        "weights trained on it are not for real scans.",
+        folder,
+    )
+    return str(folder)
+
+
+def patient_of(subject: str) -> str:
+    """The patient whom a subject folder belongs to, so that two scans of one patient are never split.
+
+    ``BraTS-GLI-00012-001`` (second time point) belongs to ``BraTS-GLI-00012``, ``patient01_study2`` to
+    ``patient01``; any other name is a patient of its own.
+    """
+    found = re.fullmatch(r"(BraTS-[A-Za-z]+-\d+)-\d+|(.+?)[_-](?:study|session|ses|visit|time)-?\d+", subject)
+    return next(filter(None, found.groups())) if found else subject
+
+
+def split_subjects(
+    subjects: Sequence[str], validation: float | Sequence[str] = VALIDATION_FRACTION, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Split subjects into training and validation, patient by patient.
+
+    Args:
+        subjects: subject names, in any order.
+        validation: the fraction of patients to hold out (at least one), or the names of the subjects to hold out;
+            other scans of their patients are held out with them.
+        seed: of the shuffle. The same names and seed give the same split.
+
+    Returns:
+        Sorted names for training and for validation, neither empty.
+
+    Raises:
+        ValueError: a named subject is not there, the fraction is not in (0, 1), or there are too few patients.
+    """
+    patients = sorted({patient_of(s) for s in subjects})
+    if isinstance(validation, (int, float)):
+        if not 0 < validation < 1:
+            raise ValueError(f"validation must be a fraction between 0 and 1 or a list of subjects, got {validation}")
+        shuffled = list(np.random.RandomState(seed).permutation(patients))
+        held_out = set(shuffled[: max(1, round(validation * len(patients)))])
+    else:
+        named = [validation] if isinstance(validation, str) else list(validation)
+        unknown = sorted(set(named) - set(subjects) - set(patients))
+        if unknown:
+            raise ValueError(f"validation names {', '.join(unknown)}; the subjects are {', '.join(sorted(subjects))}")
+        held_out = {patient_of(s) for s in named}
+    training = sorted(s for s in subjects if patient_of(s) not in held_out)
+    if not training:
+        raise ValueError(
+            f"{len(patients)} patient(s) found ({', '.join(patients)}) and {len(held_out)} held out: "
+            "training needs at least one more patient"
+        )
+    return training, sorted(s for s in subjects if patient_of(s) in held_out)
+
+
+def pair_contrasts(subjects: Subjects, target: str, reference: str, skip_incomplete: bool) -> list[Item]:
+    """Turn ``{subject: {contrast: path}}`` into items ``{"subject", "target", "reference"[, "seg"]}``.
+
+    Args:
+        subjects: what a layout reader found.
+        target: contrast to super-resolve.
+        reference: contrast that guides.
+        skip_incomplete: leave out, with a warning, subjects that lack one of the two; else they are an error.
+
+    Raises:
+        ValueError: the contrasts are the same, or no subject has them.
+        FileNotFoundError: a subject lacks one of them and ``skip_incomplete`` is false, or a file is missing.
+    """
+    wanted = {"target": contrast_name(target), "reference": contrast_name(reference)}
+    if wanted["target"] == wanted["reference"]:
+        raise ValueError(f"target and reference are both {target!r}; they must be two contrasts of the same subject")
+    present = sorted({c for images in subjects.values() for c in images})
+    items: list[Item] = []
+    for subject, images in sorted(subjects.items()):
+        # A datalist may name the roles themselves instead of contrasts.
+        found = {role: images.get(contrast, images.get(role)) for role, contrast in wanted.items()}
+        missing = [f"{role} ({wanted[role]})" for role, path in found.items() if path is None]
+        if missing:
+            message = f"subject {subject} has no {' and no '.join(missing)}; it has {', '.join(sorted(images))}"
+            if not skip_incomplete:
+                raise FileNotFoundError(message)
+            logger.warning("%s: left out", message)
+            continue
+        item = {"subject": subject, **{role: str(path) for role, path in found.items()}}
+        if "seg" in images:
+            item["seg"] = str(images["seg"])
+        items.append(item)
+    if not items:
+        raise ValueError(
+            f"no subject has both target {wanted['target']!r} and reference {wanted['reference']!r}; "
+            f"the contrasts found are {', '.join(present)}"
+        )
+    return items
+
+
+def require_volume_file(path: str | os.PathLike[str]) -> nib.spatialimages.SpatialImage:
+    """Open a NIfTI file (its header only) and make sure that it holds one volume.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not NIfTI, or not three-dimensional.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        image = nib.load(path)
+    except Exception as error:  # nibabel raises what the layer below happens to raise
+        raise ValueError(f"{path}: cannot be read as NIfTI ({error}); copy or convert it again") from error
+    if len(image.shape) != 3:
+        raise ValueError(
+            f"{path}: expected one 3-D volume, found the shape {tuple(image.shape)}; extract a single volume from it"
+        )
+    return image
+
+
+def require_paired_grids(items: Sequence[Item]) -> None:
+    """Check, from the headers alone, that target and reference of every item lie on one grid.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, what was found and what was expected.
+    """
+    for item in items:
+        target, reference = require_volume_file(item["target"]), require_volume_file(item["reference"])
+        require_same_grid(
+            (target.shape, target.affine, item["target"]),
+            (reference.shape, reference.affine, item["reference"]),
+        )
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def find_items(
+    dataset_dir: str | os.PathLike[str],
+    target: str,
+    reference: str,
+    layout: str = "auto",
+    skip_incomplete: bool = True,
+) -> tuple[Datalist, bool]:
+    """Find all pairs of a data set: a folder in one of the layouts, or a JSON datalist.
+
+    The arguments are those of :func:`prepare_datalist` and :func:`pair_contrasts`.
+
+    Returns:
+        ``{"training": items, "validation": items}`` and whether the data set itself states the split (otherwise all
+        items stand under "training").
+    """
+    path = _absolute(dataset_dir)
+    if path.suffix == ".json":
+        sections = read_json_datalist(path)
+        held_out = {k: v for name, found in sections.items() if name != "training" for k, v in found.items()}
+        datalist = {
+            "training": pair_contrasts(sections.get("training", {}), target, reference, skip_incomplete),
+            "validation": pair_contrasts(held_out, target, reference, skip_incomplete) if held_out else [],
+        }
+        return datalist, bool(held_out)
+    layout, subjects = find_subjects(path, layout)
+    if layout == "ixi" and "t1" in (contrast_name(target), contrast_name(reference)):
+        raise ValueError(
+            "IXI's T1 lies on another grid than its T2 and PD (it is a separate 3-D acquisition) and would have to be "
+            "registered first; use --target t2 --reference pd"
+        )
+    return {"training": pair_contrasts(subjects, target, reference, skip_incomplete), "validation": []}, False
+
+
+def prepare_datalist(
+    dataset_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    target: str,
+    reference: str,
+    layout: str = "auto",
+    validation: float | Sequence[str] = VALIDATION_FRACTION,
+    seed: int = 0,
+    keep_split: bool = False,
+) -> Datalist:
+    """Find the pairs of a data set, check them, split them by patient and write the split down.
+
+    Args:
+        dataset_dir: folder in one of the layouts, or a JSON datalist (whose split, if it has one, is kept).
+        output_dir: folder of the results; ``datalist.json`` is written into it.
+        target: contrast to super-resolve.
+        reference: contrast that guides.
+        layout: see :func:`~glmamba_monai.data.layouts.find_subjects`.
+        validation: see :func:`split_subjects`.
+        seed: of the split.
+        keep_split: use the split that stands in ``output_dir`` if it was made with the same arguments, so that an
+            evaluation or a resumed training sees the same patients even if the folder has grown since.
+
+    Returns:
+        ``{"training": items, "validation": items}``; an item is ``{"subject", "target", "reference"[, "seg"]}``.
+
+    Raises:
+        FileNotFoundError, ValueError: see the functions this one calls. Nothing is written then.
+    """
+    made_with: dict[str, Any] = {
+        "dataset_dir": str(_absolute(dataset_dir)),
+        "target": contrast_name(target),
+        "reference": contrast_name(reference),
+        "layout": layout,
+        "validation": validation if isinstance(validation, (int, float, str)) else list(validation),
+        "seed": seed,
+    }
+    file = Path(output_dir) / DATALIST_FILE
+    if keep_split and file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, Mapping) and content.get("made_with") == made_with:
+            datalist = {section: content[section] for section in ("training", "validation")}
+            require_paired_grids(datalist["training"] + datalist["validation"])
+            return datalist
+    datalist, split = find_items(dataset_dir, target, reference, layout)
+    if not split:
+        by_name = {item["subject"]: item for item in datalist["training"]}
+        training, held_out = split_subjects(list(by_name), validation, seed)
+        datalist = {"training": [by_name[s] for s in training], "validation": [by_name[s] for s in held_out]}
+    require_paired_grids(datalist["training"] + datalist["validation"])
+    write_json(file, {"made_with": made_with, **datalist})
+    logger.info(
+        "%d subjects to train on, %d held out (%s); split written to %s",
+        len(datalist["training"]),
+        len(datalist["validation"]),
+        ", ".join(item["subject"] for item in datalist["validation"]),
+        file,
+    )
+    return datalist
+
+
+def section(datalist: Datalist, name: str) -> list[Item]:
+    """The items to evaluate on: "validation", "training", or "all".
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    if name == "all":
+        return datalist["training"] + datalist["validation"]
+    if name not in datalist:
+        raise ValueError(f"evaluate_on must be validation, training or all, got {name!r}")
+    return datalist[name]
+
+
+def inference_items(
+    image: str | os.PathLike[str] | None,
+    reference: str | os.PathLike[str] | None,
+    dataset_dir: str | os.PathLike[str] | None,
+    target: str,
+    layout: str = "auto",
+) -> list[Item]:
+    """What to super-resolve: one pair of files, or every subject of a data set whose target is low-resolution.
+
+    Args:
+        image: the low-resolution volume, for one pair of files.
+        reference: the sharp volume of the other contrast; with ``dataset_dir`` the name of that contrast.
+        dataset_dir: folder in one of the layouts or a JSON datalist.
+        target: with ``dataset_dir``, the contrast to super-resolve.
+        layout: see :func:`~glmamba_monai.data.layouts.find_subjects`.
+
+    Returns:
+        Items ``{"subject", "image", "reference"}``: name of the output, low-resolution volume, reference volume.
+
+    Raises:
+        ValueError: neither or both of the two ways are given, or the reference is not.
+        FileNotFoundError, ValueError: a file is missing, unreadable or no volume.
+    """
+    if reference is None or (image is None) == (dataset_dir is None):
+        raise ValueError(
+            "give either --image LR.nii.gz --reference REFERENCE.nii.gz, or --dataset_dir FOLDER --reference CONTRAST; "
+            f"got image={image}, reference={reference}, dataset_dir={dataset_dir}"
+        )
+    if image is not None:
+        name = re.sub(r"\.nii(\.gz)?$", "", Path(image).name)
+        items = [{"subject": name, "image": str(image), "reference": str(reference)}]
+    else:
+        datalist, _ = find_items(str(dataset_dir), target, str(reference), layout, skip_incomplete=False)
+        pairs = datalist["training"] + datalist["validation"]
+        items = [{"subject": p["subject"], "image": p["target"], "reference": p["reference"]} for p in pairs]
+    for item in items:
+        for role in ("image", "reference"):
+            require_volume_file(item[role])
+    return items

@@ -1,0 +1,23 @@
+from glmamba_monai.engines.checkpoint import TrainingState, WeightsLoader, find_weights, load_weights
+from glmamba_monai.engines.distributed import join_process_group
+from glmamba_monai.engines.evaluation import ResultsWriter, SubjectMetrics, prepare_batch, super_resolved
+from glmamba_monai.engines.plan import TrainingPlan, trainable_parameters, training_plan
+from glmamba_monai.engines.progress import EpochLine, FinalTable, ValidationPictures
+
+__all__ = [
+    "EpochLine",
+    "FinalTable",
+    "ResultsWriter",
+    "SubjectMetrics",
+    "TrainingPlan",
+    "TrainingState",
+    "ValidationPictures",
+    "WeightsLoader",
+    "find_weights",
+    "join_process_group",
+    "load_weights",
+    "prepare_batch",
+    "super_resolved",
+    "trainable_parameters",
+    "training_plan",
+]

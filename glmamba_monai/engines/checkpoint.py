@@ -1,0 +1,237 @@
+"""Checkpoints that survive a crash, and weights that are refused when they do not fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import Workflow
+from torch import nn
+
+from glmamba_monai.files import write_checkpoint
+from glmamba_monai.networks import NETWORKS, build_network
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FILE, WEIGHTS_FILE = "checkpoint.pt", "model.pt"
+
+
+def random_state() -> dict[str, Any]:
+    """State of every global random generator, in types that ``torch.load(weights_only=True)`` accepts."""
+    _, keys, *numpy_rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), *numpy_rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo what has happened to the global random generators since :func:`random_state`."""
+    random.setstate(state["python"])
+    keys, *numpy_rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *numpy_rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Load a file of :func:`torch.save`, tensors and plain values only, onto the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such a file, or holds code.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path}: is no file of weights, or a damaged one ({str(error).splitlines()[0]})") from error
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike[str], name: str) -> None:
+    """Load weights into a network, all or none.
+
+    Args:
+        network: the network.
+        path: a bare state_dict, or a checkpoint of this package.
+        name: registered name of the network, for the message.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the weights belong to another network; the message names the one they fit.
+    """
+    content = read_checkpoint(path)
+    weights = content.get("network", content) if isinstance(content, dict) else {}
+    if _shapes(weights) != _shapes(network.state_dict()):
+        with torch.device("meta"):
+            fitting = [n for n in NETWORKS.names if _shapes(build_network(n).state_dict()) == _shapes(weights) != {}]
+        remedy = f"they fit {' or '.join(fitting)}: name it with --network" if fitting else "they fit no known network"
+        raise ValueError(f"{path}: the weights do not fit network {name!r}; {remedy}")
+    network.load_state_dict(weights)
+
+
+def _shapes(weights: Any) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in weights.items() if isinstance(v, torch.Tensor)}
+
+
+def find_weights(weights: str | None, folders: list[str], network: nn.Module) -> str | None:
+    """The file of weights to use: the one named, else ``model.pt`` in the first folder that has it.
+
+    Returns:
+        Its path; None for a network without parameters (an interpolation), which needs none.
+
+    Raises:
+        FileNotFoundError: there is none. Random weights are never used in their place.
+    """
+    if not any(True for _ in network.parameters()):
+        return None
+    candidates = [Path(weights)] if weights is not None else [Path(folder) / WEIGHTS_FILE for folder in folders]
+    for path in candidates:
+        if path.is_file():
+            return str(path)
+    looked = " nor ".join(map(str, candidates))
+    raise FileNotFoundError(
+        f"no weights: there is no {looked}. Train first (python -m monai.bundle run training --config_file "
+        "bundle/configs/train.json) or name a file with --weights"
+    )
+
+
+class WeightsLoader:
+    """Loads weights before an evaluator runs; see :func:`find_weights` and :func:`load_weights`.
+
+    Args:
+        network: the network.
+        name: its registered name.
+        folders: where to look for ``model.pt``, in this order.
+        weights: the file to use instead.
+    """
+
+    def __init__(self, network: nn.Module, name: str, folders: list[str], weights: str | None = None) -> None:
+        self.network = network
+        self.name = name
+        self.path = find_weights(weights, folders, network)  # refuse now, before anything has been computed
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine | None = None) -> None:
+        if self.path is not None:
+            load_weights(self.network, self.path, self.name)
+            logger.info("weights of %s loaded from %s", self.name, self.path)
+
+
+class TrainingState:
+    """Writes ``checkpoint.pt`` after every epoch, ``model.pt`` whenever validation improves, and resumes.
+
+    The checkpoint holds network, optimiser, schedule, epoch, best metric and the state of every random generator;
+    draws of slices and augmentation depend on seed and epoch alone (:class:`~glmamba_monai.data.SliceSampler`).
+    So on a CPU a training that was killed and resumed ends with the same bits as one that was not.
+
+    Attach it as the last handler of the trainer, so that an epoch's validation lies behind it.
+
+    Args:
+        network: without any distributed wrapper.
+        optimizer: its optimiser.
+        schedule: its learning-rate schedule.
+        evaluator: the engine that validates; its key metric decides what is best.
+        folder: where the files go.
+        name: registered name of the network; kept in the checkpoint.
+        resume: continue from the checkpoint that stands in ``folder``, if there is one.
+        write: whether this process writes (rank 0).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        evaluator: Workflow,
+        folder: str | os.PathLike[str],
+        name: str,
+        resume: bool = False,
+        write: bool = True,
+    ) -> None:
+        self.network = network
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.evaluator = evaluator
+        self.folder = Path(folder)
+        self.name = name
+        self.resume = resume
+        self.write = write
+        self.best_epoch = 0
+
+    def attach(self, engine: Workflow) -> None:
+        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+
+    def started(self, engine: Workflow) -> None:
+        path = self.folder / CHECKPOINT_FILE
+        if not self.resume:
+            if self.write:
+                self._set_aside()
+        elif path.is_file():
+            self._restore(engine, path)
+        else:
+            logger.warning("resume: there is no %s yet; starting from the beginning", path)
+
+    def epoch_completed(self, engine: Workflow) -> None:
+        state = self.evaluator.state
+        if engine.state.epoch == engine.state.max_epochs != state.epoch:
+            self.evaluator.run(engine.state.epoch)  # whatever the interval, the last epoch is validated
+        improved = state.best_metric_epoch > self.best_epoch
+        self.best_epoch = max(self.best_epoch, state.best_metric_epoch)
+        if not self.write:
+            return
+        if improved:
+            write_checkpoint(self.folder / WEIGHTS_FILE, self.network.state_dict())
+        write_checkpoint(
+            self.folder / CHECKPOINT_FILE,
+            {
+                "name": self.name,
+                "network": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule_step": self.schedule.last_epoch,
+                "epoch": engine.state.epoch,
+                "iteration": engine.state.iteration,
+                "best_metric": state.best_metric,
+                "best_metric_epoch": state.best_metric_epoch,
+                "random_state": random_state(),
+            },
+        )
+
+    def _set_aside(self) -> None:
+        """A new training must not destroy the result of the last one: it is kept under ``previous-``."""
+        for name in (CHECKPOINT_FILE, WEIGHTS_FILE):
+            if (self.folder / name).is_file():
+                os.replace(self.folder / name, self.folder / f"previous-{name}")
+                logger.warning("%s is of an earlier training; kept as previous-%s", self.folder / name, name)
+
+    def _restore(self, engine: Workflow, path: Path) -> None:
+        checkpoint = read_checkpoint(path)
+        if engine.state.max_epochs < checkpoint["epoch"]:
+            raise ValueError(
+                f"{path}: is of epoch {checkpoint['epoch']}, but the training is to end at epoch "
+                f"{engine.state.max_epochs}; raise --epochs"
+            )
+        load_weights(self.network, path, self.name)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        # The step alone, so that a training may be resumed to be made longer.
+        self.schedule.last_epoch = checkpoint["schedule_step"]
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        engine.state.epoch, engine.state.iteration = checkpoint["epoch"], checkpoint["iteration"]
+        self.evaluator.state.best_metric = checkpoint["best_metric"]
+        self.evaluator.state.best_metric_epoch = self.best_epoch = checkpoint["best_metric_epoch"]
+        set_random_state(checkpoint["random_state"])
+        logger.info("resumed from %s, epoch %d", path, checkpoint["epoch"])

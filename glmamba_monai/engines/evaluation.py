@@ -1,0 +1,188 @@
+"""Metrics of whole subjects, as an Ignite metric, and the tables made of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
+
+from glmamba_monai.files import write_atomically, write_json
+from glmamba_monai.metrics import CONVENTIONS, slice_metrics
+from glmamba_monai.transforms.volume import foreground
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+BASELINES = ("zero_filling", "bicubic")
+METRICS_FILE, SUMMARY_FILE = "metrics.csv", "summary.json"
+
+
+def prepare_batch(
+    batch: Mapping[str, torch.Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ``(B, 2, ...)`` of the network, and what it should return: target and reference, ``(B, 2, ...)``."""
+    image = batch["image"].to(device=device, non_blocking=non_blocking, **kwargs)
+    target = batch["target"].to(device=device, non_blocking=non_blocking, **kwargs)
+    return image, torch.cat((target, image[:, 1:2]), dim=1)
+
+
+def super_resolved(output: torch.Tensor) -> torch.Tensor:
+    """Channel 0 of ``(2, ...)``: the super-resolved image without the reconstructed reference."""
+    return output[0:1]
+
+
+class SubjectMetrics(Metric):
+    """Mean over a subject's slices of every metric, for the network and for the baselines.
+
+    Its value is the mean PSNR of the network over subjects (spec section 5: primary). ``rows`` holds one row per
+    subject and method. In distributed evaluation every process ends up with the rows of all.
+
+    An item of the evaluator's batch needs ``subject``, ``target (1, X, Y, S)``, ``data_range`` and one volume
+    ``(1, X, Y, S)`` for each of :data:`BASELINES`; its output needs ``pred`` of the target's shape.
+
+    Args:
+        network: what to call the network's rows.
+    """
+
+    def __init__(self, network: str) -> None:
+        self.network = network
+        self.rows: list[Row] = []
+        super().__init__()
+
+    def reset(self) -> None:
+        self.rows = []
+
+    def iteration_completed(self, engine: Engine) -> None:
+        for item, output in zip(engine.state.batch, engine.state.output):
+            self.update((item, output))
+
+    def update(self, output: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
+        item, result = output
+        target = _slices(item["target"])
+        mask = _slices(foreground(item["target"]))
+        for method in dict.fromkeys((*BASELINES, self.network)):
+            volume = result["pred"] if method == self.network else item[method]
+            metrics = slice_metrics(_slices(volume).to(target.device), target, float(item["data_range"]), mask)
+            self.rows.append(
+                {
+                    "subject": str(item["subject"]),
+                    "method": method,
+                    "slices": len(target),
+                    **{name: float(values.mean()) for name, values in metrics.items()},
+                }
+            )
+
+    def compute(self) -> float:
+        if dist.is_available() and dist.is_initialized():
+            gathered: list[list[Row]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(gathered, self.rows)
+            # A subject may have been evaluated by two processes; see share_of_rank.
+            unique = {(row["subject"], row["method"]): row for rows in gathered for row in rows}
+            self.rows = [unique[key] for key in sorted(unique)]
+        return summarise(self.rows)[self.network]["psnr"]["mean"]
+
+    def completed(self, engine: Engine, name: str) -> None:
+        super().completed(engine, name)
+        for method, summary in summarise(self.rows).items():
+            prefix = "val" if method == self.network else method
+            engine.state.metrics.update({f"{prefix}_{metric}": summary[metric]["mean"] for metric in ("psnr", "ssim")})
+
+
+def _slices(volume: torch.Tensor) -> torch.Tensor:
+    """``(1, X, Y, S)`` as a batch of slices ``(S, 1, X, Y)``, without meta."""
+    return torch.as_tensor(volume).as_subclass(torch.Tensor).permute(3, 0, 1, 2)
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and standard deviation over subjects: ``{method: {metric: {"mean", "sd", "subjects"}}}``.
+
+    The standard deviation is that of the sample (n - 1), and 0 for a single subject.
+    """
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        summary[method] = {}
+        for metric in CONVENTIONS:
+            values = torch.tensor([row[metric] for row in rows if row["method"] == method], dtype=torch.float64)
+            sd = values.std().item() if len(values) > 1 else 0.0
+            summary[method][metric] = {"mean": values.mean().item(), "sd": sd, "subjects": len(values)}
+    return summary
+
+
+def format_table(rows: Sequence[Row], title: str) -> str:
+    """Mean and SD of PSNR and SSIM as a Markdown table, methods from worst to best PSNR."""
+    summary = summarise(rows)
+    best = sorted(summary, key=lambda method: summary[method]["psnr"]["mean"])
+    zero_filling = summary["zero_filling"]["psnr"]["mean"]
+    lines = [
+        title,
+        "",
+        "| method | PSNR (dB) | SSIM | PSNR over zero-filling (dB) |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for method in best:
+        psnr, ssim = summary[method]["psnr"], summary[method]["ssim"]
+        lines.append(
+            f"| {method} | {psnr['mean']:.2f} ± {psnr['sd']:.2f} | {ssim['mean']:.4f} ± {ssim['sd']:.4f} "
+            f"| {psnr['mean'] - zero_filling:+.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_results(rows: Sequence[Row], output_dir: str | os.PathLike[str], description: Mapping[str, Any]) -> None:
+    """Write ``metrics.csv`` (a row a subject and method) and ``summary.json`` (mean and SD over subjects).
+
+    Args:
+        rows: of :class:`SubjectMetrics`.
+        output_dir: folder.
+        description: what was evaluated; stands in the summary.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(
+        Path(output_dir) / METRICS_FILE, lambda p: p.write_text(text.getvalue(), encoding="utf-8") and None
+    )
+    write_json(
+        Path(output_dir) / SUMMARY_FILE,
+        {**description, "conventions": CONVENTIONS, "methods": summarise(rows)},
+    )
+
+
+class ResultsWriter:
+    """At the end of an evaluation, write its results and show the table.
+
+    Args:
+        metrics: the evaluator's metric.
+        output_dir: folder for ``metrics.csv`` and ``summary.json``.
+        description: what was evaluated; stands in the summary.
+    """
+
+    def __init__(
+        self, metrics: SubjectMetrics, output_dir: str | os.PathLike[str], description: Mapping[str, Any]
+    ) -> None:
+        self.metrics = metrics
+        self.output_dir = output_dir
+        self.description = dict(description)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        rows = self.metrics.rows
+        write_results(rows, self.output_dir, self.description)
+        subjects = len({row["subject"] for row in rows})
+        title = f"Evaluation of {subjects} subject(s), mean ± SD over subjects"
+        print(f"\n{format_table(rows, title)}\n\nwritten to {Path(self.output_dir) / METRICS_FILE}", flush=True)

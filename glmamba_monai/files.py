@@ -1,0 +1,81 @@
+"""Files: written to a temporary name and then renamed, so that a crash never leaves half a file under its name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import NibabelWriter
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
+    """Have ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
+
+    Raises:
+        OSError: the folder cannot be made or written, or the disk is full. What stood at ``path`` is still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: writers choose the format by it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path}: cannot be written ({error}). Free space or choose another output folder; "
+            "nothing that was there before is lost"
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> Path:
+    """Write ``content`` as indented JSON."""
+    return write_atomically(
+        path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8") and None
+    )
+
+
+def write_checkpoint(path: str | os.PathLike[str], content: Any) -> Path:
+    """Write ``content`` with :func:`torch.save`."""
+    return write_atomically(path, lambda p: torch.save(content, p))
+
+
+def require_writable(folder: str | os.PathLike[str]) -> Path:
+    """Make the folder and prove that a file can be written into it, before any work is done.
+
+    Raises:
+        OSError: it cannot.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"output folder {folder}: cannot be written ({error.strerror}); choose another output_dir"
+        ) from error
+    return folder
+
+
+class AtomicNibabelWriter(NibabelWriter):
+    """MONAI's NIfTI writer for ``SaveImage``, writing atomically, with sform and qform both set and units of mm."""
+
+    def write(self, filename: str | os.PathLike[str], verbose: bool = False, **kwargs: Any) -> None:
+        """Write the image that ``set_data_array`` and ``set_metadata`` have prepared."""
+        image = self.create_backend_obj(self.data_obj, affine=self.affine, dtype=self.output_dtype, **kwargs)
+        for set_form in (image.set_sform, image.set_qform):
+            set_form(np.asarray(image.affine), code=1)
+        image.header.set_xyzt_units("mm")
+        write_atomically(filename, lambda p: nib.save(image, p))

@@ -1,0 +1,137 @@
+"""Super-resolution and its simulation from Python; the work is done by ``inference.json`` and the transforms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
+
+from glmamba_monai.bundle import locate_bundle
+from glmamba_monai.files import AtomicNibabelWriter, require_writable
+from glmamba_monai.transforms import KSpaceLowResolution, LoadVolume
+from glmamba_monai.transforms.grid import find_slice_axis
+from glmamba_monai.transforms.volume import slices_back, slices_last
+
+PathLike = str | os.PathLike[str]
+
+
+def super_resolve(
+    image: PathLike,
+    reference: PathLike,
+    output: PathLike | None = None,
+    scale: str | float | Sequence[float] = "auto",
+    network: str = "glmamba",
+    weights: PathLike | None = None,
+    slice_axis: str | int = "auto",
+    bundle_root: PathLike | None = None,
+    **overrides: Any,
+) -> MetaTensor:
+    """Super-resolve a low-resolution volume with a sharp volume of another contrast.
+
+    Args:
+        image: low-resolution NIfTI volume.
+        reference: NIfTI volume of another contrast over the same field of view, finer in plane, same slices.
+        output: NIfTI file to write; None writes nothing.
+        scale: "auto" takes the factor from the two files; a number (or one per in-plane axis) is checked.
+        network: registered name.
+        weights: file of weights; None for the bundle's ``models/model.pt``.
+        slice_axis: "auto", an axis, or "axial", "coronal", "sagittal".
+        bundle_root: folder of the bundle; None for the one beside the package.
+        overrides: further keys of ``inference.json``, such as ``batch_size`` or ``device``.
+
+    Returns:
+        ``(1, X, Y, Z)`` on the reference's grid, float32, intensities in the units of ``image``.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: a file is missing, does not fit or cannot be written. These are the
+            causes behind the ``RuntimeError`` that MONAI raises; see :func:`root_cause`.
+    """
+    root = Path(bundle_root) if bundle_root is not None else Path(locate_bundle())
+    if output is not None:
+        _require_nifti_name(output)
+        require_writable(Path(output).absolute().parent)
+    workflow = ConfigWorkflow(
+        config_file=str(root / "configs" / "inference.json"),
+        workflow_type="infer",
+        logging_file=False,
+        bundle_root=str(root),
+        image=str(image),
+        reference=str(reference),
+        output_dir=None,
+        scale=scale,
+        network=network,
+        weights=None if weights is None else str(weights),
+        slice_axis=slice_axis,
+        **overrides,
+    )
+    workflow.initialize()
+    workflow.run()
+    result = workflow.evaluator.state.output[0]["pred"].cpu()
+    workflow.finalize()
+    if output is not None:
+        save_volume(result, output)
+    return result
+
+
+def simulate(
+    image: PathLike,
+    output: PathLike,
+    scale: float | Sequence[float] = 2,
+    slice_axis: str | int = "auto",
+    mode: str = "crop",
+    noise_std: float = 0.0,
+    seed: int = 0,
+) -> MetaTensor:
+    """Make a low-resolution volume of a high-resolution one, as a scanner would have measured it.
+
+    Args:
+        image: high-resolution NIfTI volume.
+        output: NIfTI file to write.
+        scale: factor in plane, or one per in-plane axis.
+        slice_axis: "auto", an axis, or "axial", "coronal", "sagittal".
+        mode: "crop" for a smaller matrix, "zero_fill" for the same matrix.
+        noise_std: standard deviation of the complex noise, in intensity units of the image.
+        seed: of the noise.
+
+    Returns:
+        The low-resolution volume ``(1, X, Y, Z)``.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: a file is missing, unfit or cannot be written.
+    """
+    _require_nifti_name(output)
+    degrade = KSpaceLowResolution(scale, mode=mode, noise_std=noise_std, seed=seed)
+    volume = LoadVolume()(image)
+    axis = find_slice_axis(volume.affine.numpy(), slice_axis)
+    low_resolution = slices_back(degrade(slices_last(volume, axis)), axis)
+    save_volume(low_resolution, output)
+    return low_resolution
+
+
+def save_volume(volume: MetaTensor, path: PathLike) -> Path:
+    """Write ``(1, X, Y, Z)`` as a float32 NIfTI file, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    writer = AtomicNibabelWriter()
+    writer.set_data_array(volume, channel_dim=0)
+    writer.set_metadata({"affine": volume.affine}, resample=False)
+    writer.write(path)
+    return Path(path)
+
+
+def _require_nifti_name(path: PathLike) -> None:
+    if not str(path).endswith((".nii", ".nii.gz")):
+        raise ValueError(f"output {path}: the name must end in .nii or .nii.gz")
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error at the bottom of a chain of ``raise ... from``; MONAI wraps every error of a config in its own."""
+    while error.__cause__ is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error

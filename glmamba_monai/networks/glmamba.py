@@ -1,0 +1,356 @@
+"""GLMamba, in the paper's order: SS2D, Mamba block, deform block, modulator, fusion, network.
+
+Source: Ji, Zou, Kui, Thureau, Ruan, "Global and Local Mamba Network for Multi-Modality Medical Image
+Super-Resolution". Where the paper leaves something open, the comment says "our choice".
+
+Symbols: ``B`` batch, ``C`` channels of the network, ``D = 2C`` channels inside a Mamba block, ``K = 4`` scan
+directions, ``N`` states of the scan, ``L`` tokens of a scan, ``R`` rank of the step-size projection.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glmamba_monai.ops import deform_conv2d, selective_scan
+
+K = 4  # left to right, top to bottom, and both reversed
+EXPANSION = 2  # D = 2C
+
+
+class SS2D(nn.Module):
+    """Four-direction selective scan of a feature map (paper Fig. 2A, eqs 1-4).
+
+    Every direction reads the map as one sequence, with its own projections; the four results are put back in
+    place and summed.
+
+    Args:
+        channels: ``D``, channels of the map.
+        d_state: ``N``, states per channel.
+        dt_rank: ``R``, rank of the projection that yields the step sizes.
+        local: scan each of the four quadrants of the map on its own (the reference branch) instead of the whole
+            map (the low-resolution branch). The quadrants share the weights (our choice).
+    """
+
+    def __init__(self, channels: int, d_state: int, dt_rank: int, local: bool) -> None:
+        super().__init__()
+        self.d_state = d_state
+        self.dt_rank = dt_rank
+        self.local = local
+        self.x_proj = nn.Parameter(torch.empty(K, dt_rank + 2 * d_state, channels))
+        self.dt_proj = nn.Parameter(torch.empty(K, channels, dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(K * channels))
+        self.A_log = nn.Parameter(torch.empty(K * channels, d_state))
+        self.D = nn.Parameter(torch.ones(K * channels))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Mamba's initialisation: A = -1..-N, step sizes log-uniform in [1e-3, 1e-1] (spec section 2.5)."""
+        channels = self.dt_proj.shape[1]
+        nn.init.uniform_(self.x_proj, -(channels**-0.5), channels**-0.5)
+        nn.init.uniform_(self.dt_proj, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            dt = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)))
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.A_log.copy_(torch.log(torch.arange(1, self.d_state + 1, dtype=dt.dtype)).expand_as(self.A_log))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scan ``(B, D, H, W)``, H and W even if local; returns the same shape."""
+        if self.local:
+            return join_quadrants(self.scan(split_quadrants(x)))
+        return self.scan(x)
+
+    def scan(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        rows = x.flatten(2)  # (B, D, L), left to right
+        columns = x.transpose(2, 3).flatten(2)  # (B, D, L), top to bottom
+        u = torch.stack((rows, columns, rows.flip(-1), columns.flip(-1)), dim=1)  # (B, K, D, L)
+        dt, b, c = torch.split(
+            torch.matmul(self.x_proj, u), [self.dt_rank, self.d_state, self.d_state], dim=2
+        )  # (B, K, R | N | N, L)
+        delta = torch.matmul(self.dt_proj, dt)  # (B, K, D, L)
+        y = selective_scan(
+            u.flatten(1, 2), delta.flatten(1, 2), -torch.exp(self.A_log), b, c, self.D, self.dt_bias, True
+        ).reshape(u.shape)
+        along_rows = (y[:, 0] + y[:, 2].flip(-1)).reshape(batch, channels, height, width)
+        along_columns = (y[:, 1] + y[:, 3].flip(-1)).reshape(batch, channels, width, height)
+        return along_rows + along_columns.transpose(2, 3)
+
+    def projection_macs(self, tokens: int) -> int:
+        """Multiply-adds of the projections (raw parameters, which module counters do not see)."""
+        return tokens * (self.x_proj.numel() + self.dt_proj.numel())
+
+    def scan_flops(self, tokens: int) -> int:
+        """Operations of the scan itself: 9 per state and token (the usual count for Mamba), 1 for the D term."""
+        return tokens * (9 * self.A_log.numel() + self.D.numel())
+
+
+def split_quadrants(x: Tensor) -> Tensor:
+    """Cut ``(B, D, H, W)``, H and W even, into its 2x2 quadrants ``(4B, D, H/2, W/2)``."""
+    batch, channels, height, width = x.shape
+    x = x.view(batch, channels, 2, height // 2, 2, width // 2)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(4 * batch, channels, height // 2, width // 2)
+
+
+def join_quadrants(x: Tensor) -> Tensor:
+    """Undo :func:`split_quadrants`."""
+    batch, channels, height, width = x.shape[0] // 4, x.shape[1], x.shape[2], x.shape[3]
+    x = x.view(batch, 2, 2, channels, height, width).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(batch, channels, 2 * height, 2 * width)
+
+
+class ChannelAttention(nn.Module):
+    """Global average pool, 1x1, ReLU, 1x1, sigmoid; scales each channel (paper Fig. 2A, "CA")."""
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, channels // reduction, 1)
+        self.excite = nn.Conv2d(channels // reduction, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.excite(F.relu(self.squeeze(x.mean(dim=(2, 3), keepdim=True))))
+        return x * torch.sigmoid(weights)
+
+
+class MambaBlock(nn.Module):
+    """Mamba block (paper Fig. 2A): ``x + CA(mix(Linear(SiLU(Linear(h)) * LN(SS2D(u)))))`` with ``h = LN(x)``.
+
+    Args:
+        channels: ``C``.
+        d_state: states of the scan.
+        local: scan quadrants instead of the whole map.
+        attention_reduction: reduction of the channel attention.
+        mix_channels: width of a pair of 3x3 convolutions before the attention; 0 leaves the pair out (our choice).
+    """
+
+    def __init__(self, channels: int, d_state: int, local: bool, attention_reduction: int, mix_channels: int) -> None:
+        super().__init__()
+        inner = EXPANSION * channels
+        self.norm = nn.LayerNorm(channels)
+        self.to_gate = nn.Linear(channels, inner, bias=False)
+        self.to_scan = nn.Linear(channels, inner, bias=False)
+        self.depthwise = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.ss2d = SS2D(inner, d_state, math.ceil(channels / 16), local)
+        self.scan_norm = nn.LayerNorm(inner)
+        self.to_out = nn.Linear(inner, channels, bias=False)
+        self.mix: nn.Module = nn.Identity()
+        if mix_channels:
+            self.mix = nn.Sequential(
+                nn.Conv2d(channels, mix_channels, 3, padding=1),
+                nn.GELU(),
+                nn.Conv2d(mix_channels, channels, 3, padding=1),
+            )
+        self.attention = ChannelAttention(channels, attention_reduction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same shape."""
+        h = self.norm(x.permute(0, 2, 3, 1))  # (B, H, W, C): linear layers act on the last axis
+        gate = F.silu(self.to_gate(h))
+        # The depthwise convolution sees the whole map; only the scan is cut into quadrants.
+        u = F.silu(self.depthwise(self.to_scan(h).permute(0, 3, 1, 2)))
+        u = self.scan_norm(self.ss2d(u).permute(0, 2, 3, 1))
+        y = self.to_out(gate * u).permute(0, 3, 1, 2)
+        return x + self.attention(self.mix(y))
+
+
+class DeformBlock(nn.Module):
+    """Residual modulated deformable 3x3 convolution (paper Fig. 2B, eq. 5).
+
+    Offsets and masks start at zero, so the block starts as a plain convolution at half weight. Residual and
+    activation around it are our choice.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.offset = nn.Conv2d(channels, 18, 3, padding=1)
+        self.mask = nn.Conv2d(channels, 9, 3, padding=1)
+        for layer in (self.offset, self.mask):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same shape."""
+        y = deform_conv2d(x, self.offset(x), self.weight, self.bias, mask=torch.sigmoid(self.mask(x)))
+        return x + F.silu(y)
+
+    def product_macs(self, pixels: int) -> int:
+        """Multiply-adds of the weights with the samples (raw parameters, which module counters do not see)."""
+        return pixels * self.weight.numel()
+
+
+class Branch(nn.Module):
+    """Features of one image (paper Fig. 1): convolution, Mamba path at half resolution, deform path, modulator.
+
+    Args:
+        local: local (quadrant) instead of global scans.
+        modulator: add the deform path and modulate the Mamba features by it (Fig. 2C); else Mamba features alone.
+
+    The other arguments are those of :class:`GLMamba`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        n_mamba: int,
+        n_deform: int,
+        d_state: int,
+        attention_reduction: int,
+        mix_channels: int,
+        unembedding: str,
+        local: bool,
+        modulator: bool,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, channels, 3, padding=1)
+        self.embed = nn.Conv2d(channels, channels, 2, stride=2)
+        self.mamba = nn.Sequential(
+            *(MambaBlock(channels, d_state, local, attention_reduction, mix_channels) for _ in range(n_mamba))
+        )
+        self.unembed: nn.Module
+        if unembedding == "pixel_shuffle":
+            # No bias: it would only add a constant 2x2 pattern.
+            self.unembed = nn.Sequential(nn.Conv2d(channels, 4 * channels, 1, bias=False), nn.PixelShuffle(2))
+        else:
+            self.unembed = nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=False)
+        self.modulator = modulator
+        self.deform = nn.Sequential(*(DeformBlock(channels) for _ in range(n_deform if modulator else 0)))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Features ``(B, C, H, W)`` of ``(B, 1, H, W)``, H and W multiples of 4."""
+        features = self.stem(image)
+        mamba = self.unembed(self.mamba(self.embed(features)))
+        if not self.modulator:
+            return mamba
+        deform = self.deform(features)
+        return torch.sigmoid(deform) * mamba + deform
+
+
+class AddFusion(nn.Module):
+    """Sum of the two feature maps and a 3x3 convolution (the ablation rows without the fusion block)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, low_resolution: Tensor, reference: Tensor) -> Tensor:
+        """Two maps ``(B, C, H, W)`` to one."""
+        return self.conv(low_resolution + reference)
+
+
+class MultiModalityFusion(nn.Module):
+    """Difference, similarity and complement of the two feature maps, weighted per image (paper eqs 6-11)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.complement_weights = nn.Conv2d(2 * channels, 2, 1)
+        self.mixture_weights = nn.Linear(3 * channels, 3)
+
+    def forward(self, low_resolution: Tensor, reference: Tensor) -> Tensor:
+        """Two maps ``(B, C, H, W)`` to one."""
+        difference = low_resolution - reference  # eq. 6
+        similarity = low_resolution * reference  # eq. 7
+        shares = torch.softmax(self.complement_weights(torch.cat((low_resolution, reference), dim=1)), dim=1)
+        complement = low_resolution * shares[:, 0:1] + reference * shares[:, 1:2]  # eqs 8, 9
+        pooled = torch.cat([f.amax(dim=(2, 3)) for f in (difference, similarity, complement)], dim=1)
+        mixture = torch.softmax(self.mixture_weights(pooled), dim=1)[:, :, None, None, None]  # eq. 10
+        return mixture[:, 0] * difference + mixture[:, 1] * similarity + mixture[:, 2] * complement  # eq. 11
+
+
+def reconstruction_head(channels: int) -> nn.Sequential:
+    """Conv3x3 (C to C), ReLU, Conv3x3 (C to 1) (our choice)."""
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 1, 3, padding=1))
+
+
+class GLMamba(nn.Module):
+    """GLMamba: super-resolution of a slice of one contrast with a sharp slice of another (paper Fig. 1).
+
+    One tensor in, one tensor out: ``x`` is ``(B, 2, H, W)``, channel 0 the low-resolution slice upsampled onto the
+    reference's grid (upsampling has no weights, so it is a transform: see
+    :class:`glmamba_monai.transforms.KSpaceUpsample`), channel 1 the reference. The result is ``(B, 2, H, W)``:
+    the super-resolved slice and the reconstruction of the reference. Any H, W >= 8.
+
+    The defaults are the preset ``glmamba``; the other presets and the rows of the paper's Table 1 are registered
+    in :data:`glmamba_monai.networks.NETWORKS`.
+
+    Args:
+        channels: ``C``, features of every map.
+        n_mamba: Mamba blocks per branch.
+        n_deform: deform blocks per branch.
+        d_state: states of the selective scan.
+        attention_reduction: reduction of the channel attention in the Mamba blocks.
+        mix_channels: width of the 3x3 convolution pair in the Mamba blocks; 0 for none.
+        unembedding: from half to full resolution, "pixel_shuffle" (learned) or "bilinear".
+        lr_scan: scan of the low-resolution branch, "global" or "local".
+        ref_scan: scan of the reference branch, "local" or "global"; None for no reference branch (then channel 1
+            is returned as it came).
+        modulator: deform blocks and modulator in each branch.
+        fusion: "adaptive" (the paper's fusion block) or "add" (sum and 3x3 convolution).
+
+    Raises:
+        ValueError: an argument has an unknown value, or the input is not ``(B, 2, H, W)`` with H, W >= 8.
+    """
+
+    def __init__(
+        self,
+        channels: int = 96,
+        n_mamba: int = 4,
+        n_deform: int = 4,
+        d_state: int = 16,
+        attention_reduction: int = 30,
+        mix_channels: int = 16,
+        unembedding: str = "pixel_shuffle",
+        lr_scan: str = "global",
+        ref_scan: str | None = "local",
+        modulator: bool = True,
+        fusion: str = "adaptive",
+    ) -> None:
+        super().__init__()
+        _check_choice("unembedding", unembedding, ("pixel_shuffle", "bilinear"))
+        _check_choice("lr_scan", lr_scan, ("global", "local"))
+        _check_choice("ref_scan", ref_scan, ("global", "local", None))
+        _check_choice("fusion", fusion, ("adaptive", "add"))
+        if not 1 <= attention_reduction <= channels:
+            raise ValueError(
+                f"attention_reduction must lie between 1 and channels ({channels}), got {attention_reduction}"
+            )
+        shape = (channels, n_mamba, n_deform, d_state, attention_reduction, mix_channels, unembedding)
+        self.lr_branch = Branch(*shape, local=lr_scan == "local", modulator=modulator)
+        self.lr_head = reconstruction_head(channels)
+        # The network starts as zero-filling and learns what that lacks.
+        nn.init.zeros_(self.lr_head[-1].weight)
+        nn.init.zeros_(self.lr_head[-1].bias)
+        self.ref_branch: Branch | None = None
+        self.ref_head: nn.Sequential | None = None
+        self.fusion: nn.Module | None = None
+        if ref_scan is not None:
+            self.ref_branch = Branch(*shape, local=ref_scan == "local", modulator=modulator)
+            self.ref_head = reconstruction_head(channels)
+            self.fusion = MultiModalityFusion(channels) if fusion == "adaptive" else AddFusion(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Super-resolve ``(B, 2, H, W)``: channel 0 the upsampled low-resolution slice, channel 1 the reference."""
+        if x.dim() != 4 or x.shape[1] != 2 or x.shape[2] < 8 or x.shape[3] < 8:
+            raise ValueError(f"x must be (B, 2, H, W) with H, W >= 8, got {list(x.shape)}")
+        height, width = x.shape[2], x.shape[3]
+        # Multiples of 4: 2x2 patches, and 2x2 quadrants of patches.
+        x = F.pad(x, [0, -width % 4, 0, -height % 4], mode="reflect")
+        upsampled, reference = x[:, 0:1], x[:, 1:2]
+        features = self.lr_branch(upsampled)
+        reconstruction = reference
+        if self.ref_branch is not None and self.ref_head is not None and self.fusion is not None:
+            ref_features = self.ref_branch(reference)
+            features = self.fusion(features, ref_features)
+            reconstruction = self.ref_head(ref_features)
+        output = torch.cat((upsampled + self.lr_head(features), reconstruction.to(x.dtype)), dim=1)
+        return output[:, :, :height, :width]
+
+
+def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,293 @@
+"""Modulated deformable convolution (DCNv2), with gradients for every input.
+
+For every output position p, with p_k the kernel's taps (spec section 2, item 7; paper equation 5):
+
+    Y(p) = sum over k of w_k X(p + p_k + dp_k) dm_k
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glmamba_monai.ops import backends
+
+__all__ = ["deform_conv2d"]
+
+# Output positions per chunk. With 96 channels and 9 taps a chunk's sampled values take 28 MB, against 199 MB for a whole
+# 240x240 slice; smaller chunks gain nothing, since each backward chunk adds one gradient of the size of the input.
+CHUNK = 8192
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    padding: int | tuple[int, int] = 1,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve with every tap moved by an offset and weighted by a mask; stride 1, dilation 1, one offset group.
+
+    Values between pixels are bilinear, pixels outside the input are zero. Positions and sums are computed in float32
+    (float64 stays), also under autocast. In eager mode the sampled values are recomputed in the backward pass, so a
+    training step does not keep one copy of the input per tap.
+
+    Args:
+        input: `(B, C, H, W)`.
+        offset: pixels, `(B, 2*kh*kw, H_out, W_out)`; for tap k (row-major) channel 2k is dy and 2k+1 is dx.
+        weight: `(C_out, C, kh, kw)`.
+        bias: `(C_out,)`.
+        padding: pixels of zeros on each side, one number or (vertical, horizontal).
+        mask: `(B, kh*kw, H_out, W_out)`; None for all ones.
+        backend: `"torch"`, `"torchvision"` or None (environment variable, else automatic).
+
+    Returns:
+        `(B, C_out, H_out, W_out)` with `H_out = H + 2*padding - kh + 1`, in the dtype of `input`. On the meta device an
+        empty tensor of that shape, to count costs.
+
+    Raises:
+        ValueError: a shape does not fit, or the backend's name is unknown.
+        RuntimeError: the backend asked for is not available.
+
+    Source: Zhu et al., "Deformable ConvNets v2", 2019, equation 1; arguments as in torchvision.
+    """
+    if isinstance(padding, int):
+        pad_y, pad_x = padding, padding
+    else:
+        pad_y, pad_x = padding
+    _check_shapes(input, offset, weight, bias, pad_y, pad_x, mask)
+    if input.is_meta:
+        return input.new_empty(input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
+    if torch.jit.is_scripting():
+        if backend is not None and backend != "torch":
+            raise ValueError(f"backend: found {backend}, expected 'torch' or None in a scripted module")
+        y = _torch_deform(input, offset, weight, bias, pad_y, pad_x, mask)
+    else:
+        name = backends.select_backend("deform_conv2d", input.is_cuda, backend)
+        y = _IMPLEMENTATIONS[name](input, offset, weight, bias, pad_y, pad_x, mask)
+    return y.to(input.dtype)
+
+
+def _check_shapes(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_y: int,
+    pad_x: int,
+    mask: Tensor | None,
+) -> None:
+    if input.dim() != 4:
+        raise ValueError(f"input: found shape {list(input.shape)}, expected (B, C, H, W)")
+    if weight.dim() != 4 or weight.shape[1] != input.shape[1]:
+        raise ValueError(f"weight: found shape {list(weight.shape)}, expected (C_out, {input.shape[1]}, kh, kw)")
+    if pad_y < 0 or pad_x < 0:
+        raise ValueError(f"padding: found {[pad_y, pad_x]}, expected numbers >= 0")
+    taps = weight.shape[2] * weight.shape[3]
+    height = input.shape[2] + 2 * pad_y - weight.shape[2] + 1
+    width = input.shape[3] + 2 * pad_x - weight.shape[3] + 1
+    if height < 1 or width < 1:
+        raise ValueError(f"input: found shape {list(input.shape)}, expected at least the kernel's size after padding")
+    _check_shape("offset", offset, [input.shape[0], 2 * taps, height, width])
+    if mask is not None:
+        _check_shape("mask", mask, [input.shape[0], taps, height, width])
+    if bias is not None:
+        _check_shape("bias", bias, [weight.shape[0]])
+
+
+def _one_dtype(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """All tensors in the dtype of the computation; positions across an image need more than half precision."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    bias = None if bias is None else bias.to(dtype)
+    mask = None if mask is None else mask.to(dtype)
+    return input.to(dtype), offset.to(dtype), weight.to(dtype), bias, mask
+
+
+def _check_shape(name: str, tensor: Tensor, expected: list[int]) -> None:
+    if list(tensor.shape) != expected:
+        raise ValueError(
+            f"{name}: found shape {list(tensor.shape)}, expected {expected} (from input, weight and padding)"
+        )
+
+
+# --- backend "torch" ---------------------------------------------------------------------------------------------
+# Each sample is a weighted sum of four channels-last pixels, which is what embedding_bag computes; then one matrix
+# product. Against grid_sample it took 0.6 of the time, and it adds whole-pixel positions without rounding them.
+
+
+def _sample(
+    pixels: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    size: list[int],
+    kernel: list[int],
+    pad: list[int],
+    top: int,
+) -> Tensor:
+    """Sample all taps for a band of output rows of one image.
+
+    Args:
+        pixels: `(H*W, C)`.
+        offset: the band's offsets, `(2*taps, R, W_out)`.
+        mask: the band's mask, `(taps, R, W_out)`.
+        size: [H, W] of the image.
+        kernel: [kh, kw].
+        pad: [vertical, horizontal].
+        top: first output row of the band.
+
+    Returns:
+        `(R*W_out, taps*C)`.
+    """
+    moved = offset.view(-1, 2, offset.shape[1], offset.shape[2]).permute(1, 2, 3, 0)  # (2, R, W_out, taps)
+    rows, columns, taps = moved.shape[1], moved.shape[2], moved.shape[3]
+    tap = torch.arange(taps, device=offset.device)
+    row = torch.arange(top, top + rows, device=offset.device).view(-1, 1, 1)
+    column = torch.arange(columns, device=offset.device).view(-1, 1)
+    y, wy = _corners(moved[0], row + tap // kernel[1] - pad[0], size[0])  # (R, W_out, taps, 2)
+    x, wx = _corners(moved[1], column + tap % kernel[1] - pad[1], size[1])
+    if mask is not None:
+        wy = wy * mask.permute(1, 2, 0).unsqueeze(-1)
+    index = y.unsqueeze(-1) * size[1] + x.unsqueeze(-2)  # (R, W_out, taps, 2, 2)
+    share = wy.unsqueeze(-1) * wx.unsqueeze(-2)
+    sampled = F.embedding_bag(index.view(-1, 4), pixels, mode="sum", per_sample_weights=share.view(-1, 4))
+    return sampled.view(rows * columns, taps * pixels.shape[1])
+
+
+def _corners(moved: Tensor, base: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The two pixels on either side of `base + moved` along one axis, and their bilinear weights, `(..., 2)`.
+
+    A pixel outside the image is replaced by pixel 0 with weight 0. The whole part is added as an integer: the
+    position of a pixel far from the origin would round the fraction off.
+    """
+    whole = torch.floor(moved.detach())
+    fraction = moved - whole
+    # Whole parts beyond this range are outside anyway, but may not fit an integer.
+    limit = 2.0**24
+    first = base + whole.clamp(-limit, limit).to(torch.int64)
+    index = torch.stack((first, first + 1), -1)
+    inside = (index >= 0) & (index < size)
+    weight = torch.stack((1 - fraction, fraction), -1) * inside
+    # 32-bit indices: embedding_bag's kernel for them is three times as fast on CPU.
+    return torch.where(inside, index, torch.zeros_like(index)).to(torch.int32), weight
+
+
+def _weight_matrix(weight: Tensor) -> Tensor:
+    """(C_out, C, kh, kw) -> (taps*C, C_out), in the order of `_sample`."""
+    return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
+
+
+def _pixels(input: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C)."""
+    return input.flatten(2).transpose(1, 2).contiguous()
+
+
+def _deform_forward(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    pad_y: int,
+    pad_x: int,
+    mask: Tensor | None,
+    chunk: int = CHUNK,  # an argument, since TorchScript does not see a module's constants
+) -> Tensor:
+    size, kernel, pad = [input.shape[2], input.shape[3]], [weight.shape[2], weight.shape[3]], [pad_y, pad_x]
+    pixels, matrix = _pixels(input), _weight_matrix(weight)
+    height, width = offset.shape[2], offset.shape[3]
+    band = max(1, chunk // width)
+    images: list[Tensor] = []
+    for i in range(input.shape[0]):
+        bands: list[Tensor] = []
+        for top in range(0, height, band):
+            m = None if mask is None else mask[i, :, top : top + band]
+            sampled = _sample(pixels[i], offset[i, :, top : top + band], m, size, kernel, pad, top)
+            bands.append(torch.mm(sampled, matrix))  # (R*W_out, C_out)
+        images.append(torch.cat(bands, 0))
+    return torch.stack(images).transpose(1, 2).reshape(input.shape[0], weight.shape[0], height, width)
+
+
+class _RecomputedDeformConv(torch.autograd.Function):
+    """`_deform_forward` that keeps only its inputs and samples again, band by band, in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, offset: Tensor, weight: Tensor, pad_y: int, pad_x: int, mask: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(input, offset, weight, mask)
+        ctx.pad = [pad_y, pad_x]
+        return _deform_forward(input, offset, weight, pad_y, pad_x, mask)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        input, offset, weight, mask = ctx.saved_tensors
+        size, kernel = list(input.shape[2:]), list(weight.shape[2:])
+        pixels, matrix = _pixels(input), _weight_matrix(weight)
+        grad_pixels, grad_matrix = torch.zeros_like(pixels), torch.zeros_like(matrix)
+        grad_offset = torch.empty_like(offset)
+        grad_mask = None if mask is None else torch.empty_like(mask)
+        height, width = offset.shape[2:]
+        band = max(1, CHUNK // width)
+        with torch.autocast(grad_y.device.type, enabled=False):
+            for i in range(input.shape[0]):
+                for top in range(0, height, band):
+                    part = (i, slice(None), slice(top, top + band))
+                    leaves = [pixels[i], offset[part]] + ([] if mask is None else [mask[part]])
+                    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+                    with torch.enable_grad():
+                        m = None if mask is None else leaves[2]
+                        sampled = _sample(leaves[0], leaves[1], m, size, kernel, ctx.pad, top)
+                    dy = grad_y[part].flatten(1)  # (C_out, R*W_out)
+                    grad_matrix += (dy @ sampled.detach()).t()
+                    grads = torch.autograd.grad(sampled, leaves, dy.t() @ matrix.t())
+                    grad_pixels[i] += grads[0]
+                    grad_offset[part] = grads[1]
+                    if grad_mask is not None:
+                        grad_mask[part] = grads[2]
+        grad_input = grad_pixels.transpose(1, 2).reshape(input.shape)
+        out_channels, channels, kh, kw = weight.shape
+        grad_weight = grad_matrix.view(kh, kw, channels, out_channels).permute(3, 2, 0, 1)
+        return grad_input, grad_offset, grad_weight, None, None, grad_mask
+
+
+def _torch_deform(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_y: int,
+    pad_x: int,
+    mask: Tensor | None,
+) -> Tensor:
+    input, offset, weight, bias, mask = _one_dtype(input, offset, weight, bias, mask)
+    with torch.autocast(device_type=input.device.type, enabled=False):
+        if torch.jit.is_scripting():
+            y = _deform_forward(input, offset, weight, pad_y, pad_x, mask)
+        else:
+            y = _RecomputedDeformConv.apply(input, offset, weight, pad_y, pad_x, mask)
+    return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+# --- backend "torchvision" ---------------------------------------------------------------------------------------
+
+
+def _torchvision_deform(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_y: int,
+    pad_x: int,
+    mask: Tensor | None,
+) -> Tensor:
+    input, offset, weight, bias, mask = _one_dtype(input, offset, weight, bias, mask)
+    ops = backends.load_backend("deform_conv2d", "torchvision")
+    with torch.autocast(device_type=input.device.type, enabled=False):
+        return ops.deform_conv2d(input, offset, weight, bias, padding=(pad_y, pad_x), mask=mask)
+
+
+_IMPLEMENTATIONS = {"torch": _torch_deform, "torchvision": _torchvision_deform}

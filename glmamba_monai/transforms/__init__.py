@@ -1,0 +1,35 @@
+from glmamba_monai.transforms.intensity import RestoreIntensityd, ScaleByPercentile, ScaleByPercentiled
+from glmamba_monai.transforms.kspace import (
+    KSpaceLowResolution,
+    KSpaceLowResolutiond,
+    KSpaceUpsample,
+    KSpaceUpsampled,
+)
+from glmamba_monai.transforms.volume import (
+    DataRanged,
+    ForegroundSlicesd,
+    LoadVolume,
+    LoadVolumed,
+    MatchReferenced,
+    NameOutputd,
+    PairOnGridd,
+    SlicesBackd,
+)
+
+__all__ = [
+    "DataRanged",
+    "ForegroundSlicesd",
+    "KSpaceLowResolution",
+    "KSpaceLowResolutiond",
+    "KSpaceUpsample",
+    "KSpaceUpsampled",
+    "LoadVolume",
+    "LoadVolumed",
+    "MatchReferenced",
+    "NameOutputd",
+    "PairOnGridd",
+    "RestoreIntensityd",
+    "ScaleByPercentile",
+    "ScaleByPercentiled",
+    "SlicesBackd",
+]

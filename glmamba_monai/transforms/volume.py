@@ -1,0 +1,268 @@
+"""Volumes on their way to the network and back: loaded and checked, slices last, and put back on their grid."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import LoadImage, MapTransform, Orientation, Transform
+from nibabel import aff2axcodes
+
+from glmamba_monai.transforms.grid import find_slice_axis, match_grids, require_same_grid
+
+FOREGROUND_LEVEL = 0.05  # of the volume's 99.9th percentile: above the noise of a head scan, below its tissue
+MIN_FOREGROUND = 0.05  # of a slice (spec section 5)
+SLICE_AXIS_KEY = "slice_axis"
+
+
+def _name(image: torch.Tensor, fallback: str) -> str:
+    """The file a volume came from, for messages."""
+    return str(image.meta.get("filename_or_obj", fallback)) if isinstance(image, MetaTensor) else fallback
+
+
+def _grid(image: MetaTensor, fallback: str) -> tuple[Sequence[int], np.ndarray, str]:
+    return image.shape[1:], image.affine.cpu().numpy(), _name(image, fallback)
+
+
+def require_volume(image: torch.Tensor, name: str) -> None:
+    """Make sure that ``(1, X, Y, Z)`` holds a usable volume.
+
+    Raises:
+        ValueError: it has other dimensions, NaN or infinite voxels, or only zeros.
+    """
+    if image.dim() != 4 or image.shape[0] != 1:
+        raise ValueError(
+            f"{name}: expected one 3-D volume, found the shape {tuple(image.shape)} (channels first); "
+            "extract a single volume from it"
+        )
+    bad = int((~torch.isfinite(image)).sum())
+    if bad:
+        raise ValueError(
+            f"{name}: {bad} of {image.numel()} voxels are NaN or infinite; repair or mask the file before using it"
+        )
+    if not bool((image != 0).any()):
+        raise ValueError(f"{name}: every voxel is zero; the file was exported or masked wrongly")
+
+
+class LoadVolume(Transform):
+    """Load one NIfTI volume as ``(1, X, Y, Z)`` float32, and refuse what is not a usable volume.
+
+    A tensor or array ``(1, X, Y, Z)`` is passed through the same checks.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read (truncated, say), is not 3-D, has NaN or infinite voxels or only zeros.
+    """
+
+    def __init__(self) -> None:
+        self.load = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True, dtype=np.float32)
+
+    def __call__(self, source: Any) -> MetaTensor:
+        if isinstance(source, (torch.Tensor, np.ndarray)):
+            image = source if isinstance(source, MetaTensor) else MetaTensor(torch.as_tensor(source))
+            image = image.to(torch.float32)
+        else:
+            try:
+                image = self.load(source)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # whatever nibabel, gzip or zlib happen to raise on a damaged file
+                raise ValueError(
+                    f"{source}: cannot be read as NIfTI ({error}); the file is damaged or truncated: copy it again"
+                ) from error
+        require_volume(image, _name(image, "image"))
+        return image
+
+
+class LoadVolumed(MapTransform):
+    """Dictionary form of :class:`LoadVolume`."""
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.load = LoadVolume()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.load(d[key])
+        return d
+
+
+def slices_last(image: MetaTensor, axis: int) -> MetaTensor:
+    """Move spatial axis ``axis`` of ``(C, X, Y, Z)`` to the end; the affine follows, so no voxel moves in the world."""
+    return _permute(image, [a for a in range(3) if a != axis] + [axis])
+
+
+def slices_back(image: MetaTensor, axis: int) -> MetaTensor:
+    """Undo :func:`slices_last`."""
+    order = [0, 1]
+    order.insert(axis, 2)
+    return _permute(image, order)
+
+
+def _permute(image: MetaTensor, order: list[int]) -> MetaTensor:
+    affine = image.affine.clone()
+    affine[:, :3] = affine[:, order]
+    moved = image.as_tensor().permute(0, *(a + 1 for a in order)).contiguous()
+    result = MetaTensor(moved, meta=image.meta)
+    result.affine = affine
+    return result
+
+
+class PairOnGridd(MapTransform):
+    """Training pairs: make sure that target and reference lie on one grid, and bring their slices last.
+
+    Args:
+        keys: the volumes, all of one subject.
+        slice_axis: see :func:`~glmamba_monai.transforms.grid.find_slice_axis`.
+
+    Raises:
+        ValueError: the volumes lie on different grids.
+    """
+
+    def __init__(self, keys: KeysCollection, slice_axis: str | int = "auto") -> None:
+        super().__init__(keys)
+        self.slice_axis = slice_axis
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        first, *others = self.keys
+        for other in others:
+            require_same_grid(_grid(d[first], str(first)), _grid(d[other], str(other)))
+        axis = find_slice_axis(d[first].affine.cpu().numpy(), self.slice_axis)
+        for key in self.keys:
+            d[key] = slices_last(d[key], axis)
+        d[SLICE_AXIS_KEY] = axis
+        return d
+
+
+class MatchReferenced(MapTransform):
+    """Deployment pairs: bring a low-resolution stack into the reference's axis order, and both their slices last.
+
+    Args:
+        keys: the low-resolution volume, then the reference.
+        scale: see :func:`~glmamba_monai.transforms.grid.match_grids`.
+        slice_axis: see :func:`~glmamba_monai.transforms.grid.match_grids`.
+
+    Raises:
+        ValueError: the two do not fit; see :func:`~glmamba_monai.transforms.grid.match_grids`.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        scale: str | float | Sequence[float] = "auto",
+        slice_axis: str | int = "auto",
+    ) -> None:
+        super().__init__(keys)
+        self.scale = scale
+        self.slice_axis = slice_axis
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        image_key, reference_key = self.keys
+        image, reference = d[image_key], d[reference_key]
+        axis_codes = "".join(aff2axcodes(reference.affine.cpu().numpy()))
+        name = _name(image, str(image_key))
+        image = Orientation(axcodes=axis_codes, labels=None)(image)
+        axis = match_grids(
+            (image.shape[1:], image.affine.cpu().numpy(), name),
+            _grid(reference, str(reference_key)),
+            self.scale,
+            self.slice_axis,
+        )
+        d[image_key], d[reference_key] = slices_last(image, axis), slices_last(reference, axis)
+        d[SLICE_AXIS_KEY] = axis
+        return d
+
+
+class SlicesBackd(MapTransform):
+    """Put the slice axis of the result back where the reference has it."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = slices_back(d[key], int(d[SLICE_AXIS_KEY]))
+        return d
+
+
+class DataRanged(MapTransform):
+    """Record the maximum of a volume: the data range of its PSNR and SSIM (spec section 5).
+
+    Args:
+        keys: the one volume.
+        range_key: where the maximum goes.
+    """
+
+    def __init__(self, keys: KeysCollection, range_key: str) -> None:
+        super().__init__(keys)
+        self.range_key = range_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        d[self.range_key] = float(d[self.keys[0]].max())
+        return d
+
+
+def foreground(volume: torch.Tensor) -> torch.Tensor:
+    """Mask of the voxels above 5 % of the volume's 99.9th percentile, same shape."""
+    values = torch.as_tensor(volume)
+    level = FOREGROUND_LEVEL * float(np.percentile(values.cpu().numpy(), 99.9))
+    return values > level
+
+
+class ForegroundSlicesd(MapTransform):
+    """Keep the slices (last axis) in which at least 5 % of the source volume is foreground.
+
+    Args:
+        keys: volumes ``(C, X, Y, S)`` to cut, all with the same slices.
+        source_key: the volume whose foreground decides; usually the target.
+        max_slices: keep at most so many, evenly spaced; None for all.
+
+    Raises:
+        ValueError: no slice has enough foreground.
+    """
+
+    def __init__(self, keys: KeysCollection, source_key: str, max_slices: int | None = None) -> None:
+        super().__init__(keys)
+        self.source_key = source_key
+        self.max_slices = max_slices
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        source = d[self.source_key]
+        fraction = foreground(source).float().mean(dim=(0, 1, 2))
+        kept = torch.nonzero(torch.as_tensor(fraction) >= MIN_FOREGROUND).flatten()
+        if len(kept) == 0:
+            raise ValueError(
+                f"{_name(source, self.source_key)}: no slice has {MIN_FOREGROUND:.0%} foreground "
+                f"(the fullest has {float(fraction.max()):.1%}); is the slice axis right?"
+            )
+        if self.max_slices is not None and len(kept) > self.max_slices:
+            kept = kept[torch.linspace(0, len(kept) - 1, self.max_slices).round().long()]
+        for key in self.key_iterator(d):
+            d[key] = d[key][..., kept]
+        return d
+
+
+class NameOutputd(MapTransform):
+    """Give a result the name of its subject, which ``SaveImaged`` then saves it under.
+
+    Args:
+        keys: the results.
+        name_key: holds the name.
+    """
+
+    def __init__(self, keys: KeysCollection, name_key: str) -> None:
+        super().__init__(keys)
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key].meta["filename_or_obj"] = f"{d[self.name_key]}.nii.gz"
+        return d
