@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from monai.config import NdarrayOrTensor
 from monai.data import NibabelWriter
 
 
@@ -27,15 +29,20 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise OSError(
             f"{path}: cannot be written ({error}). Free space or choose another output folder; "
             "nothing that was there before is lost"
         ) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
     return path
+
+
+def _discard(file: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+        file.unlink()
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:
@@ -71,6 +78,11 @@ def require_writable(folder: str | os.PathLike[str]) -> Path:
 
 class AtomicNibabelWriter(NibabelWriter):
     """MONAI's NIfTI writer for ``SaveImage``, writing atomically, with sform and qform both set and units of mm."""
+
+    def set_data_array(self, data_array: NdarrayOrTensor, channel_dim: int | None = 0, **kwargs: Any) -> None:
+        """Take ``(1, X, Y, Z)``; a single slice stays ``(X, Y, 1)``, where MONAI would make a 2-D file of it."""
+        super().set_data_array(data_array, channel_dim, **kwargs)
+        self.data_obj = self.data_obj.reshape(*self.data_obj.shape, *[1] * (3 - self.data_obj.ndim))
 
     def write(self, filename: str | os.PathLike[str], verbose: bool = False, **kwargs: Any) -> None:
         """Write the image that ``set_data_array`` and ``set_metadata`` have prepared."""

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,10 @@ def dataset_or_demo(dataset_dir: str | os.PathLike[str] | None) -> str:
 def patient_of(subject: str) -> str:
     """The patient whom a subject folder belongs to, so that two scans of one patient are never split.
 
-    ``BraTS-GLI-00012-001`` (second time point) belongs to ``BraTS-GLI-00012``, ``patient01_study2`` to
-    ``patient01``; any other name is a patient of its own.
+    ``BraTS-GLI-00012-001`` (second time point) belongs to ``BraTS-GLI-00012``, ``patient01_study2`` and the
+    ``patient01_study2_t2`` of a JSON datalist to ``patient01``; any other name is a patient of its own.
     """
-    found = re.fullmatch(r"(BraTS-[A-Za-z]+-\d+)-\d+|(.+?)[_-](?:study|session|ses|visit|time)-?\d+", subject)
+    found = re.match(r"(.*?BraTS-[A-Za-z]+-\d+)-\d+|(.+?)[_-](?:study|session|ses|visit|time)-?\d+", subject)
     return next(filter(None, found.groups())) if found else subject
 
 
@@ -64,7 +64,8 @@ def split_subjects(
         Sorted names for training and for validation, neither empty.
 
     Raises:
-        ValueError: a named subject is not there, the fraction is not in (0, 1), or there are too few patients.
+        ValueError: a named subject is not there or none is named, the fraction is not in (0, 1), or there are too few
+            patients.
     """
     patients = sorted({patient_of(s) for s in subjects})
     if isinstance(validation, (int, float)):
@@ -74,6 +75,8 @@ def split_subjects(
         held_out = set(shuffled[: max(1, round(validation * len(patients)))])
     else:
         named = [validation] if isinstance(validation, str) else list(validation)
+        if not named:
+            raise ValueError("validation is an empty list; name at least one subject to hold out, or a fraction")
         unknown = sorted(set(named) - set(subjects) - set(patients))
         if unknown:
             raise ValueError(f"validation names {', '.join(unknown)}; the subjects are {', '.join(sorted(subjects))}")
@@ -105,6 +108,7 @@ def pair_contrasts(subjects: Subjects, target: str, reference: str, skip_incompl
         raise ValueError(f"target and reference are both {target!r}; they must be two contrasts of the same subject")
     present = sorted({c for images in subjects.values() for c in images})
     items: list[Item] = []
+    left_out: list[str] = []
     for subject, images in sorted(subjects.items()):
         # A datalist may name the roles themselves instead of contrasts.
         found = {role: images.get(contrast, images.get(role)) for role, contrast in wanted.items()}
@@ -113,7 +117,7 @@ def pair_contrasts(subjects: Subjects, target: str, reference: str, skip_incompl
             message = f"subject {subject} has no {' and no '.join(missing)}; it has {', '.join(sorted(images))}"
             if not skip_incomplete:
                 raise FileNotFoundError(message)
-            logger.warning("%s: left out", message)
+            left_out.append(message)
             continue
         item = {"subject": subject, **{role: str(path) for role, path in found.items()}}
         if "seg" in images:
@@ -124,6 +128,8 @@ def pair_contrasts(subjects: Subjects, target: str, reference: str, skip_incompl
             f"no subject has both target {wanted['target']!r} and reference {wanted['reference']!r}; "
             f"the contrasts found are {', '.join(present)}"
         )
+    for message in left_out:
+        logger.warning("%s: left out", message)
     return items
 
 
@@ -185,8 +191,8 @@ def find_items(
         sections = read_json_datalist(path)
         held_out = {k: v for name, found in sections.items() if name != "training" for k, v in found.items()}
         datalist = {
-            "training": pair_contrasts(sections.get("training", {}), target, reference, skip_incomplete),
-            "validation": pair_contrasts(held_out, target, reference, skip_incomplete) if held_out else [],
+            name: pair_contrasts(found, target, reference, skip_incomplete) if found else []
+            for name, found in (("training", sections.get("training")), ("validation", held_out))
         }
         return datalist, bool(held_out)
     layout, subjects = find_subjects(path, layout)
@@ -237,16 +243,23 @@ def prepare_datalist(
     }
     file = Path(output_dir) / DATALIST_FILE
     if keep_split and file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, Mapping) and content.get("made_with") == made_with:
-            datalist = {section: content[section] for section in ("training", "validation")}
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found, datalist = content["made_with"], {name: content[name] for name in ("training", "validation")}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}: is no datalist of this package ({error!r}); remove it to split anew") from error
+        if found == made_with:
             require_paired_grids(datalist["training"] + datalist["validation"])
             return datalist
+        changed = [f"{k}={v!r}, was {found.get(k)!r}" for k, v in made_with.items() if found.get(k) != v]
+        logger.warning("%s is of other arguments (%s): splitting anew", file, "; ".join(changed))
     datalist, split = find_items(dataset_dir, target, reference, layout)
     if not split:
         by_name = {item["subject"]: item for item in datalist["training"]}
         training, held_out = split_subjects(list(by_name), validation, seed)
         datalist = {"training": [by_name[s] for s in training], "validation": [by_name[s] for s in held_out]}
+    elif not datalist["training"]:
+        raise ValueError(f'datalist {dataset_dir}: has no section "training", so there is nothing to train on')
     require_paired_grids(datalist["training"] + datalist["validation"])
     write_json(file, {"made_with": made_with, **datalist})
     logger.info(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from monai.data import CacheDataset, Dataset, MetaTensor, PersistentDataset
+from monai.data.utils import pickle_hashing
 from torch.utils.data import DistributedSampler
 
 SLICE_KEYS = ("image", "target")  # what a training slice consists of
@@ -29,7 +30,8 @@ def volume_dataset(
         cache_rate: share of the volumes to keep in memory.
     """
     if cache_dir is not None:
-        return PersistentDataset(data, transform, cache_dir=cache_dir)
+        # Without the hash, volumes prepared for one scale would be taken for those of another.
+        return PersistentDataset(data, transform, cache_dir=cache_dir, hash_transform=pickle_hashing)
     # Nothing after the cache changes a cached volume in place, so it need not be copied at every access.
     return CacheDataset(data, transform, cache_rate=cache_rate, num_workers=None, copy_cache=False)
 
@@ -64,10 +66,10 @@ class SliceSampler(DistributedSampler):
     def __iter__(self) -> Iterator[SliceDraw]:
         random = np.random.RandomState((self.seed, self.epoch))
         total, volumes = self.num_samples * self.num_replicas, len(self.dataset)
-        draws_of_volume = -(-total // volumes)
         drawn = np.resize(random.permutation(volumes), total)
         strata = np.arange(total) // volumes
-        positions = (strata + random.random_sample(total)) / draws_of_volume
+        draws_of_volume = np.bincount(drawn, minlength=volumes)  # two values where the parts cannot be equal
+        positions = (strata + random.random_sample(total)) / draws_of_volume[drawn]
         seeds = random.randint(0, 2**31, size=total)
         order = random.permutation(total)[self.rank :: self.num_replicas]
         return (SliceDraw(int(drawn[i]), float(positions[i]), int(seeds[i])) for i in order)

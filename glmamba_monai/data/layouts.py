@@ -120,7 +120,7 @@ def read_json_datalist(path: Path) -> dict[str, Subjects]:
         ``{"training": subjects, "validation": subjects}``, the sections that are there.
 
     Raises:
-        ValueError: it is not such a file.
+        ValueError: it is not such a file, or two of its items have one name.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -136,13 +136,20 @@ def read_json_datalist(path: Path) -> dict[str, Subjects]:
                 if key not in ("subject", "fold") and isinstance(value, str)
             }
             if len(images) < 2:
+                if section.startswith("test"):
+                    continue  # Decathlon's test images have no counterpart, often they are bare paths
                 raise ValueError(
                     f"datalist {path}: section {section!r} has the item {item!r}; "
                     "expected an object that maps at least two contrasts to paths"
                 )
             first = next(iter(images.values()))
             name = str(item.get("subject") or f"{first.parent.name}_{_stem(first)}")
-            sections.setdefault(section, {})[name] = images
+            if name in sections.setdefault(section, {}):
+                raise ValueError(
+                    f"datalist {path}: section {section!r} has two items of the name {name}; "
+                    'tell them apart with the key "subject"'
+                )
+            sections[section][name] = images
     if not sections:
         raise ValueError(f'datalist {path}: expected {{"training": [...], "validation": [...]}} with at least one item')
     return sections

@@ -437,7 +437,7 @@ def write_demo_data(
         FileExistsError: `out` exists and is not an empty folder; it is left as it is.
         ValueError: a number is not positive.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder: name a new one, nothing was written")
     for name, number in (("subjects", subjects), ("slices", slices)):
@@ -446,7 +446,7 @@ def write_demo_data(
     spacings, full = _grid(spacing, None)
 
     settings = {"subjects": subjects, "spacing_mm": spacings.tolist(), "slices": slices, "seed": seed}
-    building = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}")
+    building = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     building.mkdir(parents=True)
     try:
         for i in tqdm(range(subjects), desc="brain phantom", unit="subject"):
@@ -466,7 +466,6 @@ def write_demo_data(
             raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
-        _atlas.cache_clear()  # 100 MB that training would carry along
     return out
 
 
@@ -494,4 +493,6 @@ def demo_data() -> Path:
         except FileExistsError:
             if not folder.is_dir():
                 raise
+        finally:
+            _atlas.cache_clear()  # 100 MB that training would carry along
     return folder

@@ -8,7 +8,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -87,7 +87,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _try_load(op: str, name: str) -> tuple[ModuleType | None, str]:
     """The module of a backend and "", or None and the reason why it cannot be had."""
     try:

@@ -15,8 +15,8 @@ from glmamba_monai.ops import backends
 
 __all__ = ["deform_conv2d"]
 
-# Output positions per chunk. With 96 channels and 9 taps a chunk's sampled values take 28 MB, against 199 MB for a whole
-# 240x240 slice; smaller chunks gain nothing, since each backward chunk adds one gradient of the size of the input.
+# Output positions per chunk. With 96 channels and 9 taps the sampled values of one chunk take 28 MB, those of a
+# whole 240x240 slice 199 MB. Smaller chunks gain nothing: each adds a gradient of the size of the input.
 CHUNK = 8192
 
 
@@ -31,9 +31,9 @@ def deform_conv2d(
 ) -> Tensor:
     """Convolve with every tap moved by an offset and weighted by a mask; stride 1, dilation 1, one offset group.
 
-    Values between pixels are bilinear, pixels outside the input are zero. Positions and sums are computed in float32
-    (float64 stays), also under autocast. In eager mode the sampled values are recomputed in the backward pass, so a
-    training step does not keep one copy of the input per tap.
+    Values between pixels are bilinear, pixels outside the input are zero. All is computed in float32 (float64 stays),
+    also under autocast, where only a scripted module lowers the final matrix product. In eager mode the sampled
+    values are recomputed in the backward pass, so a training step does not keep one copy of the input per tap.
 
     Args:
         input: `(B, C, H, W)`.
@@ -200,12 +200,12 @@ def _deform_forward(
     height, width = offset.shape[2], offset.shape[3]
     band = max(1, chunk // width)
     images: list[Tensor] = []
-    for i in range(input.shape[0]):
+    for i, image in enumerate(pixels.unbind(0)):
         bands: list[Tensor] = []
-        for top in range(0, height, band):
+        for j, part in enumerate(offset[i].split(band, 1)):
+            top = j * band
             m = None if mask is None else mask[i, :, top : top + band]
-            sampled = _sample(pixels[i], offset[i, :, top : top + band], m, size, kernel, pad, top)
-            bands.append(torch.mm(sampled, matrix))  # (R*W_out, C_out)
+            bands.append(torch.mm(_sample(image, part, m, size, kernel, pad, top), matrix))  # (R*W_out, C_out)
         images.append(torch.cat(bands, 0))
     return torch.stack(images).transpose(1, 2).reshape(input.shape[0], weight.shape[0], height, width)
 
@@ -264,10 +264,11 @@ def _torch_deform(
     mask: Tensor | None,
 ) -> Tensor:
     input, offset, weight, bias, mask = _one_dtype(input, offset, weight, bias, mask)
-    with torch.autocast(device_type=input.device.type, enabled=False):
-        if torch.jit.is_scripting():
-            y = _deform_forward(input, offset, weight, pad_y, pad_x, mask)
-        else:
+    if torch.jit.is_scripting():
+        # TorchScript cannot switch autocast off, so there the matrix product takes its precision.
+        y = _deform_forward(input, offset, weight, pad_y, pad_x, mask)
+    else:
+        with torch.autocast(input.device.type, enabled=False):
             y = _RecomputedDeformConv.apply(input, offset, weight, pad_y, pad_x, mask)
     return y if bias is None else y + bias.view(-1, 1, 1)
 
@@ -286,7 +287,7 @@ def _torchvision_deform(
 ) -> Tensor:
     input, offset, weight, bias, mask = _one_dtype(input, offset, weight, bias, mask)
     ops = backends.load_backend("deform_conv2d", "torchvision")
-    with torch.autocast(device_type=input.device.type, enabled=False):
+    with torch.autocast(input.device.type, enabled=False):
         return ops.deform_conv2d(input, offset, weight, bias, padding=(pad_y, pad_x), mask=mask)
 
 

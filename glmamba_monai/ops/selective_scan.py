@@ -160,16 +160,20 @@ def _scan_forward(
     state = u.new_zeros(u.shape[0], k, A_.shape[1], A_.shape[2])
     outputs: list[Tensor] = []
     boundaries: list[Tensor] = []
-    for start in range(0, u.shape[2], chunk):
-        B_ = B[..., start : start + chunk].permute(3, 0, 1, 2)  # (T, B, K, N)
-        C_ = C[..., start : start + chunk].permute(3, 0, 1, 2)
-        u_ = _steps_first(u[..., start : start + chunk], k)  # (T, B, K, 1, D)
-        _, dt = _time_step(delta[..., start : start + chunk], delta_bias, delta_softplus, k)
+    # Split, since the gradient of a slice is as long as the sequence, once per chunk.
+    for u_c, delta_c, B_c, C_c in zip(u.split(chunk, 2), delta.split(chunk, 2), B.split(chunk, 3), C.split(chunk, 3)):
+        B_, C_ = B_c.permute(3, 0, 1, 2), C_c.permute(3, 0, 1, 2)  # (T, B, K, N)
+        u_ = _steps_first(u_c, k)  # (T, B, K, 1, D)
+        _, dt = _time_step(delta_c, delta_bias, delta_softplus, k)
         # A clone, since a view would keep the whole chunk that the state ends.
         boundaries.append(state.clone())
         states = _run_states(torch.exp(dt * A_), (dt * u_) * B_.unsqueeze(-1), state)  # (T, B, K, N, D)
         state = states[-1]
-        y = torch.matmul(C_.unsqueeze(-2), states)  # (T, B, K, 1, D)
+        if torch.jit.is_scripting():
+            # TorchScript cannot switch autocast off, which lowers the precision of a matmul, but not of this.
+            y = (C_.unsqueeze(-1) * states).sum(-2, keepdim=True)
+        else:
+            y = torch.matmul(C_.unsqueeze(-2), states)  # (T, B, K, 1, D)
         if D is not None:
             y = torch.addcmul(y, u_, D.view(k, 1, -1))
         outputs.append(_steps_last(y))
@@ -293,10 +297,10 @@ def _torch_scan(
     u, delta, A, B, C = u.to(dtype), delta.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
     D = None if D is None else D.to(dtype)
     delta_bias = None if delta_bias is None else delta_bias.to(dtype)
-    with torch.autocast(device_type=u.device.type, enabled=False):
-        if torch.jit.is_scripting():
-            y, _ = _scan_forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
-        else:
+    if torch.jit.is_scripting():
+        y, _ = _scan_forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    else:
+        with torch.autocast(u.device.type, enabled=False):
             y = _ChunkedScan.apply(u, delta, A, B, C, D, delta_bias, delta_softplus)
     return y
 

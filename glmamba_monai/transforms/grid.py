@@ -14,7 +14,8 @@ import numpy as np
 Grid = tuple[Sequence[int], np.ndarray, str]
 
 SAME_GRID_TOLERANCE = 0.1  # voxels at the corners; headers are rounded, and a tenth of a voxel is no misalignment
-FIELD_OF_VIEW_TOLERANCE = 0.5  # voxels of the reference at the corners
+# Voxels of the reference at the corners. A tool that shrinks 2x and keeps the place of voxel 0 is 0.5 off: refused.
+FIELD_OF_VIEW_TOLERANCE = 0.45
 THICK_SLICES = 1.5  # spacing across slices over spacing in plane from which a stack counts as thick
 PLANES = {"sagittal": "LR", "coronal": "AP", "axial": "IS"}  # the plane, and the direction across its slices
 
@@ -94,7 +95,8 @@ def match_grids(
         reference: the fine grid.
         scale: "auto" reads the factor off the two grids; a number (or one per in-plane axis) is checked against them.
             1 says that the volume has the reference's matrix already (the scanner interpolated it).
-        slice_axis: see :func:`find_slice_axis`; "auto" takes the axis along which the spacing is the same.
+        slice_axis: see :func:`find_slice_axis`; "auto" takes the axis along which the spacing is the same, and where
+            several are, the slice axis of the reference.
 
     Returns:
         The slice axis.
@@ -123,7 +125,7 @@ def match_grids(
             "image must be the low-resolution volume and reference the sharp one; are they swapped?"
         )
     unchanged = [axis for axis in range(3) if shape[axis] == ref_shape[axis]]
-    axis = unchanged[0] if slice_axis == "auto" and len(unchanged) == 1 else find_slice_axis(affine, slice_axis)
+    axis = unchanged[0] if slice_axis == "auto" and len(unchanged) == 1 else find_slice_axis(ref_affine, slice_axis)
     if axis not in unchanged:
         raise ValueError(
             f"{name} has {shape[axis]} slices along axis {axis} and {ref_name} has {ref_shape[axis]}: super-resolution "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
+from monai.data import MetaTensor, NibabelReader
 from monai.transforms import LoadImage, MapTransform, Orientation, Transform
 from nibabel import aff2axcodes
 
@@ -59,7 +59,8 @@ class LoadVolume(Transform):
     """
 
     def __init__(self) -> None:
-        self.load = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True, dtype=np.float32)
+        self.load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32)
+        self.reader = NibabelReader()  # given at every call: LoadImage's own readers hide nibabel's reason
 
     def __call__(self, source: Any) -> MetaTensor:
         if isinstance(source, (torch.Tensor, np.ndarray)):
@@ -67,12 +68,13 @@ class LoadVolume(Transform):
             image = image.to(torch.float32)
         else:
             try:
-                image = self.load(source)
-            except FileNotFoundError:
-                raise
+                image = self.load(source, reader=self.reader)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{source}: there is no such file") from error
             except Exception as error:  # whatever nibabel, gzip or zlib happen to raise on a damaged file
+                reason = " ".join(str(error).split())
                 raise ValueError(
-                    f"{source}: cannot be read as NIfTI ({error}); the file is damaged or truncated: copy it again"
+                    f"{source}: cannot be read as NIfTI ({reason}); the file is damaged or truncated: copy it again"
                 ) from error
         require_volume(image, _name(image, "image"))
         return image
