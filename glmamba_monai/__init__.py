@@ -1,10 +1,9 @@
 """GLMamba: multi-contrast MRI super-resolution as a MONAI bundle."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
-__version__ = version("glmamba-monai")
+__version__ = "0.1.0"
 __all__ = ["__version__", "simulate", "super_resolve"]
 
 # Imported when they are asked for: torch and MONAI take seconds.

@@ -81,8 +81,9 @@ class AtomicNibabelWriter(NibabelWriter):
 
     def set_data_array(self, data_array: NdarrayOrTensor, channel_dim: int | None = 0, **kwargs: Any) -> None:
         """Take ``(1, X, Y, Z)``; a single slice stays ``(X, Y, 1)``, where MONAI would make a 2-D file of it."""
-        super().set_data_array(data_array, channel_dim, **kwargs)
-        self.data_obj = self.data_obj.reshape(*self.data_obj.shape, *[1] * (3 - self.data_obj.ndim))
+        super().set_data_array(data_array, channel_dim, **{**kwargs, "squeeze_end_dims": False})
+        if self.data_obj.shape[-1] == 1:  # the channel, which is last now
+            self.data_obj = self.data_obj[..., 0]
 
     def write(self, filename: str | os.PathLike[str], verbose: bool = False, **kwargs: Any) -> None:
         """Write the image that ``set_data_array`` and ``set_metadata`` have prepared."""

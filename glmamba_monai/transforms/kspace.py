@@ -206,7 +206,8 @@ class KSpaceUpsample(Transform):
             Image of shape ``(C, *spatial_size)``; float64 if ``img`` is, else float32; a ``MetaTensor`` with
             the affine of the HR grid if ``img`` is one.
         """
-        x = _as_real_tensor(img)
+        # The last bits of an FFT depend on the memory layout; an LR read from a file shall give those of training.
+        x = _as_real_tensor(img).contiguous()
         low, full = tuple(x.shape[1:]), tuple(int(size) for size in spatial_size)
         if len(full) != len(low):
             raise ValueError(f"spatial_size must have one entry per spatial axis of img {low}, got {full}.")
