@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,14 @@ class AtomicNibabelWriter(NibabelWriter):
         super().set_data_array(data_array, channel_dim, **{**kwargs, "squeeze_end_dims": False})
         if self.data_obj.shape[-1] == 1:  # the channel, which is last now
             self.data_obj = self.data_obj[..., 0]
+
+    def set_metadata(self, meta_dict: Mapping[str, Any] | None, resample: bool = False, **options: Any) -> None:
+        """Take the affine. Nothing is ever resampled, whatever ``resample`` says.
+
+        MONAI 1.6.1 resamples even with ``resample=False``, by the upper left 2x2 of the affine, where the metadata
+        does not say that the file had no channel; sagittal and coronal stacks then come out garbled or not at all.
+        """
+        self.affine = (meta_dict or {}).get("affine", np.eye(4))
 
     def write(self, filename: str | os.PathLike[str], verbose: bool = False, **kwargs: Any) -> None:
         """Write the image that ``set_data_array`` and ``set_metadata`` have prepared."""

@@ -144,7 +144,7 @@ def test_a_really_full_disk(tmp_path):
         temporary.symlink_to("/dev/full")
         torch.save({"weights": torch.ones(100_000)}, temporary)
 
-    for writer in (write, lambda p: p.symlink_to("/dev/full") or p.write_text("x" * 100_000) and None):
+    for writer in (write, lambda p: p.symlink_to("/dev/full") or (p.write_text("x" * 100_000) and None)):
         with pytest.raises(OSError, match="cannot be written"):
             write_atomically(path, writer)
         assert everything_under(tmp_path) == ["checkpoint.pt"] and path.read_text() == "the old content"
@@ -205,8 +205,12 @@ def test_volumes_keep_their_grid_and_values(tmp_path, make_affine, suffix, codes
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 3), (5, 7, 1), (1, 7, 1), (1, 1, 1)])
-def test_a_thin_volume_stays_three_dimensional(tmp_path, make_affine, shape):
-    volume = MetaTensor(torch.rand(1, *shape), affine=torch.from_numpy(make_affine()))
+@pytest.mark.parametrize("codes", ["LPS", "ASL", "PIR", "SRA"])
+@pytest.mark.parametrize("degrees", [(0, 0, 0), (8, 0, 5)])
+def test_save_image_neither_resamples_nor_squeezes(tmp_path, make_affine, shape, codes, degrees):
+    """As inference.json calls it, but of a volume made in memory, which MONAI's own writer garbles or refuses."""
+    affine = make_affine(codes=codes, degrees=degrees)
+    volume = MetaTensor(torch.rand(1, *shape), affine=torch.from_numpy(affine))
     volume.meta["filename_or_obj"] = "sub00.nii.gz"
     save = SaveImage(
         output_dir=tmp_path,
@@ -221,7 +225,7 @@ def test_a_thin_volume_stays_three_dimensional(tmp_path, make_affine, shape):
     image = nib.load(tmp_path / "sub00_sr.nii.gz")
     assert image.shape == shape
     np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), volume[0].numpy())
-    np.testing.assert_allclose(image.affine, make_affine(), atol=1e-5)
+    np.testing.assert_allclose(image.affine, affine, atol=1e-5)
 
 
 def test_a_disk_that_fills_within_a_volume(tmp_path, monkeypatch):

@@ -177,7 +177,9 @@ def test_nonsense_scale_is_named(affine, scale):
 
 def test_swapped_files_are_recognised(affine):
     low, high = low_and_high(affine)
-    with pytest.raises(ValueError, match=r"t1\.nii\.gz .*\(24, 28, 6\), finer than lr\.nii\.gz .*\(12, 14, 6\).*swapped"):
+    with pytest.raises(
+        ValueError, match=r"t1\.nii\.gz .*\(24, 28, 6\), finer than lr\.nii\.gz .*\(12, 14, 6\).*swapped"
+    ):
         match_grids(high, low)
 
 
@@ -204,7 +206,7 @@ def test_an_uncorrected_half_pixel_is_always_refused(make_affine, codes):
     for degrees in [(0, 0, 0), *np.random.default_rng(0).uniform(-20, 20, (9, 3))]:
         (shape, low, name), high = low_and_high(make_affine((1, 1, 3), degrees, codes=codes))
         low[:3, 3] = high[1][:3, 3]
-        with pytest.raises(ValueError, match="up to 0.50 voxels"):
+        with pytest.raises(ValueError, match=r"up to 0\.50 voxels"):
             match_grids((shape, low.astype(np.float32), name), high)
 
 
@@ -220,7 +222,7 @@ def test_other_slices_are_refused(affine):
     with pytest.raises(ValueError, match=r"lr\.nii\.gz has 3 slices along axis 2 and t1\.nii\.gz has 6"):
         match_grids(low, high)
     # the same spacing, but two slices fewer: another field of view
-    (shape, low, name), high = low_and_high(affine)
+    (_, low, name), high = low_and_high(affine)
     with pytest.raises(ValueError, match=r"up to 2\.00 voxels"):
         match_grids(((12, 14, 4), low, name), high)
 

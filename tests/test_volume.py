@@ -239,12 +239,8 @@ def test_low_resolution_in_another_orientation(
     np.testing.assert_array_equal(found["image"].numpy(), expected["image"].numpy())
     np.testing.assert_allclose(found["image"].affine, expected["image"].affine, atol=1e-4)
     stored_image, reference = nib.load(other), nib.load(files["t1"])
-    assert_same_in_world(
-        (found["image"][0], found["image"].affine), (stored_image.get_fdata(), stored_image.affine)
-    )
-    assert_same_in_world(
-        (found["reference"][0], found["reference"].affine), (reference.get_fdata(), reference.affine)
-    )
+    assert_same_in_world((found["image"][0], found["image"].affine), (stored_image.get_fdata(), stored_image.affine))
+    assert_same_in_world((found["reference"][0], found["reference"].affine), (reference.get_fdata(), reference.affine))
     back = SlicesBackd("reference")(found)["reference"]
     np.testing.assert_array_equal(back[0].numpy(), reference.get_fdata(dtype=np.float32))
     np.testing.assert_allclose(back.affine, reference.affine, atol=1e-6)
@@ -307,10 +303,13 @@ def test_training_and_inference_give_identical_network_inputs(
         np.testing.assert_allclose(deployed["image"].affine, trained["image"].affine, atol=1e-4)
 
 
-def test_the_way_back_ends_on_the_reference_grid(tmp_path, make_subject_folder, make_affine):
+@pytest.mark.parametrize("axis, codes", [(0, "LPS"), (2, "RAS"), (2, "PSR"), (1, "RIP"), (0, "SRA")])
+def test_the_way_back_ends_on_the_reference_grid(tmp_path, make_subject_folder, make_affine, axis, codes):
     """inference.json without a network: what goes out is the upsampled LR, in its units, on the reference's grid."""
-    shape, axis = (6, 31, 22), 0
-    files = make_subject_folder(tmp_path, n=1, shape=shape, affine=make_affine((3.0, 0.9, 0.9)))["sub00"]
+    shape, spacing = np.array([31, 28, 22]), np.full(3, 0.9)
+    shape[axis], spacing[axis] = 6, 3.0
+    affine = make_affine(spacing, degrees=(0, 0, 0), codes=codes)
+    files = make_subject_folder(tmp_path, n=1, shape=tuple(shape), affine=affine)["sub00"]
     lr = write_low_resolution(files, tmp_path / "lr.nii.gz", 2, axis)
     overrides = {"upsampling": "zero_fill", "output_dir": str(tmp_path / "out")}
     data = parse("inference.json", overrides, "preprocessing")(
