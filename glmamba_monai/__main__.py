@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +34,9 @@ def super_resolve(
     """
     from glmamba_monai import inference
 
+    # Ignite logs every error that ends a run, which main reports, and MONAI that its logging is left alone.
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
     inference.super_resolve(image, reference, output, scale, network, weights, slice_axis)
     print(output)
 
@@ -86,18 +92,55 @@ def cost(height: int = 240, width: int = 240) -> None:
     print(cost_table(height, width))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "super-resolve": super_resolve,
-    "simulate": simulate,
-    "demo-data": demo_data,
-    "cost": cost,
+# What a parameter of that type takes from the command line; fire reads any text that looks like a number as one.
+EXPECTED: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "str": (str, "text; write ./NAME for a file whose name is a number"),
+    "str | None": (str, "text; write ./NAME for a file whose name is a number"),
+    "int": (int, "an integer"),
+    "float": ((int, float), "a number"),
+}
+
+
+class Call:
+    """A command with its arguments, not yet run; private, so that fire offers nothing of it."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._run = run
+
+
+def deferred(command: Callable[..., None]) -> Callable[..., Call]:
+    """The command in a form for fire, which would run it first and complain about an unknown option afterwards.
+
+    Raises:
+        ValueError: by the form, when an argument is of the wrong type.
+    """
+    signature = inspect.signature(command)
+
+    @functools.wraps(command)
+    def bind(*arguments: Any, **options: Any) -> Call:
+        for name, value in signature.bind(*arguments, **options).arguments.items():
+            types, words = EXPECTED.get(signature.parameters[name].annotation, (object, ""))
+            if not isinstance(value, types) or (isinstance(value, bool) and types is not object):
+                raise ValueError(f"{name} must be {words}, got {value!r}")
+        return Call(functools.partial(command, *arguments, **options))
+
+    return bind
+
+
+COMMANDS = {
+    "super-resolve": deferred(super_resolve),
+    "simulate": deferred(simulate),
+    "demo-data": deferred(demo_data),
+    "cost": deferred(cost),
 }
 
 
 def main() -> None:
     """Run a command; an error is one line that says what is wrong and what to do, and exit status 2."""
     try:
-        fire.Fire(COMMANDS, name="glmamba_monai")
+        call = fire.Fire(COMMANDS, name="glmamba_monai", serialize=lambda r: None if isinstance(r, Call) else r)
+        if isinstance(call, Call):  # otherwise fire has shown its help
+            call._run()
     except (OSError, ValueError, RuntimeError) as error:
         from glmamba_monai.inference import root_cause
 

@@ -16,7 +16,7 @@ from monai.config import NdarrayOrTensor
 from monai.data import NibabelWriter
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Have ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
 
     Raises:
@@ -47,9 +47,8 @@ def _discard(file: Path) -> None:
 
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:
     """Write ``content`` as indented JSON."""
-    return write_atomically(
-        path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8") and None
-    )
+    text = json.dumps(content, indent=2) + "\n"
+    return write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: Any) -> Path:

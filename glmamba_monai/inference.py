@@ -131,7 +131,10 @@ def _require_nifti_name(path: PathLike) -> None:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error at the bottom of a chain of ``raise ... from``; MONAI wraps every error of a config in its own."""
-    while error.__cause__ is not None and not isinstance(error, OSError):
+    """What went wrong behind the ``RuntimeError`` that MONAI wraps, often several times, around an error of a config.
+
+    It is not the last cause: that is what the reader of a damaged file said, say, and does not name the file.
+    """
+    while type(error) is RuntimeError and error.__cause__ is not None:
         error = error.__cause__
     return error

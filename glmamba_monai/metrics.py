@@ -59,7 +59,8 @@ def slice_metrics(
         mask: foreground ``(S, 1, H, W)``; None for everything.
 
     Returns:
-        ``{convention: (S,)}``, see :data:`CONVENTIONS`.
+        ``{convention: (S,)}``, see :data:`CONVENTIONS`. Where both images are the same a PSNR is infinite; in a slice
+        without foreground the foreground metrics are NaN.
 
     Raises:
         ValueError: the shapes differ, the slices are smaller than 11x11, or the data range is not positive.
@@ -89,7 +90,7 @@ def slice_metrics(
         "ssim": gaussian.mean(dim=(1, 2, 3)),
         "psnr_slice_range": psnr(mean_squared_error / slice_maximum.flatten().square()),
         "ssim_slice_range": ssim_map(sr / slice_maximum, hr / slice_maximum).mean(dim=(1, 2, 3)),
-        "psnr_foreground": psnr((squared * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp_min(1)),
-        "ssim_foreground": (gaussian * inside).sum(dim=(1, 2, 3)) / inside.sum(dim=(1, 2, 3)).clamp_min(1),
+        "psnr_foreground": psnr((squared * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))),
+        "ssim_foreground": (gaussian * inside).sum(dim=(1, 2, 3)) / inside.sum(dim=(1, 2, 3)),
         "ssim_uniform7": ssim_map(sr, hr, "uniform").mean(dim=(1, 2, 3)),
     }

@@ -16,9 +16,9 @@ from glmamba_monai.data import (
     dataset_or_demo,
     find_items,
     inference_items,
-    prepare_datalist,
     section,
     split_subjects,
+    write_datalist,
 )
 from glmamba_monai.data.datalist import pair_contrasts, patient_of, require_paired_grids
 
@@ -31,6 +31,13 @@ def names(items):
 
 def warnings_of(caplog):
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def prepare_datalist(dataset_dir, output_dir, *arguments, **options):
+    """The split, written down as the configs do; without the arguments it was made with, which the file has."""
+    datalist = module.prepare_datalist(dataset_dir, output_dir, *arguments, **options)
+    write_datalist(datalist, output_dir)
+    return {name: datalist[name] for name in ("training", "validation")}
 
 
 def everything_under(folder):

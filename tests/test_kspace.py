@@ -390,7 +390,8 @@ def test_refused_images_and_sizes():
     with pytest.raises(ValueError, match="mode"):
         KSpaceUpsample("nearest")
     with pytest.raises(ValueError, match=r"scale must have .*\(8, 8, 4\)"):
-        KSpaceLowResolution((2, 2))(img)
+        KSpaceLowResolution((2, 2, 2, 2))(img)
+    assert torch.equal(KSpaceLowResolution((2, 4))(img), KSpaceLowResolution((2, 4, 1))(img))
     for transform in (KSpaceLowResolution(2), lambda x: KSpaceUpsample()(x, (8, 8))):
         with pytest.raises(TypeError, match="real"):
             transform(img[..., 0] + 1j)

@@ -404,12 +404,20 @@ needs_mamba = pytest.mark.skipif(
 )
 
 
-@needs_mamba
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("torch", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+        pytest.param("mamba_ssm", marks=needs_mamba),
+    ],
+)
 @pytest.mark.parametrize("optional", [True, False])
-def test_mamba_ssm_equals_torch_on_cuda(optional):
+def test_cuda_against_float64(optional, backend):
     inputs = make_inputs(d=24, n=16, length=2500, D=optional, bias=optional, device="cuda")
-    found = value_and_gradients(selective_scan, inputs, delta_softplus=True, backend="mamba_ssm")
-    assert_close(found, value_and_gradients(selective_scan, inputs, delta_softplus=True, backend="torch"), 1e-5, 1e-4)
+    exact = value_and_gradients(
+        selective_scan, {name: x.double() for name, x in inputs.items()}, delta_softplus=True, backend="torch"
+    )
+    assert_close(value_and_gradients(selective_scan, inputs, delta_softplus=True, backend=backend), exact, 1e-5, 1e-4)
 
 
 @needs_mamba

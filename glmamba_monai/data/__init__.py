@@ -1,4 +1,3 @@
-from glmamba_monai.data.dataset import SliceDataset, SliceDraw, SliceSampler, share_of_rank, volume_dataset
 from glmamba_monai.data.datalist import (
     dataset_or_demo,
     find_items,
@@ -6,7 +5,9 @@ from glmamba_monai.data.datalist import (
     prepare_datalist,
     section,
     split_subjects,
+    write_datalist,
 )
+from glmamba_monai.data.dataset import SliceDataset, SliceDraw, SliceSampler, share_of_rank, volume_dataset
 from glmamba_monai.data.layouts import LAYOUTS, find_subjects
 from glmamba_monai.data.phantom import demo_data, write_demo_data
 
@@ -25,5 +26,6 @@ __all__ = [
     "share_of_rank",
     "split_subjects",
     "volume_dataset",
+    "write_datalist",
     "write_demo_data",
 ]

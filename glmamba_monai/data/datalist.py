@@ -21,7 +21,7 @@ from glmamba_monai.transforms.grid import require_same_grid
 logger = logging.getLogger(__name__)
 
 Item = dict[str, str]
-Datalist = dict[str, list[Item]]
+Datalist = dict[str, Any]  # "training" and "validation", lists of items, and what the split was "made_with"
 DATALIST_FILE = "datalist.json"
 VALIDATION_FRACTION = 0.2  # the paper's share on IXI: 92 of 460
 
@@ -214,11 +214,11 @@ def prepare_datalist(
     seed: int = 0,
     keep_split: bool = False,
 ) -> Datalist:
-    """Find the pairs of a data set, check them, split them by patient and write the split down.
+    """Find the pairs of a data set, check them and split them by patient; :func:`write_datalist` writes the split down.
 
     Args:
         dataset_dir: folder in one of the layouts, or a JSON datalist (whose split, if it has one, is kept).
-        output_dir: folder of the results; ``datalist.json`` is written into it.
+        output_dir: folder of the results, where the split of an earlier run may stand.
         target: contrast to super-resolve.
         reference: contrast that guides.
         layout: see :func:`~glmamba_monai.data.layouts.find_subjects`.
@@ -228,10 +228,11 @@ def prepare_datalist(
             evaluation or a resumed training sees the same patients even if the folder has grown since.
 
     Returns:
-        ``{"training": items, "validation": items}``; an item is ``{"subject", "target", "reference"[, "seg"]}``.
+        ``{"made_with": arguments, "training": items, "validation": items}``; an item is
+        ``{"subject", "target", "reference"[, "seg"]}``.
 
     Raises:
-        FileNotFoundError, ValueError: see the functions this one calls. Nothing is written then.
+        FileNotFoundError, ValueError: see the functions this one calls.
     """
     made_with: dict[str, Any] = {
         "dataset_dir": str(_absolute(dataset_dir)),
@@ -245,7 +246,8 @@ def prepare_datalist(
     if keep_split and file.is_file():
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            found, datalist = content["made_with"], {name: content[name] for name in ("training", "validation")}
+            found = content["made_with"]
+            datalist = {"made_with": found, **{name: content[name] for name in ("training", "validation")}}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file}: is no datalist of this package ({error!r}); remove it to split anew") from error
         if found == made_with:
@@ -261,7 +263,18 @@ def prepare_datalist(
     elif not datalist["training"]:
         raise ValueError(f'datalist {dataset_dir}: has no section "training", so there is nothing to train on')
     require_paired_grids(datalist["training"] + datalist["validation"])
-    write_json(file, {"made_with": made_with, **datalist})
+    return {"made_with": made_with, **datalist}
+
+
+def write_datalist(datalist: Datalist, output_dir: str | os.PathLike[str]) -> None:
+    """Write the split of :func:`prepare_datalist` into the folder of the results.
+
+    Call it once the volumes have proved to be usable: the split of an earlier run must not be lost to bad input.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file = write_json(Path(output_dir) / DATALIST_FILE, datalist)
     logger.info(
         "%d subjects to train on, %d held out (%s); split written to %s",
         len(datalist["training"]),
@@ -269,7 +282,6 @@ def prepare_datalist(
         ", ".join(item["subject"] for item in datalist["validation"]),
         file,
     )
-    return datalist
 
 
 def section(datalist: Datalist, name: str) -> list[Item]:
@@ -280,7 +292,7 @@ def section(datalist: Datalist, name: str) -> list[Item]:
     """
     if name == "all":
         return datalist["training"] + datalist["validation"]
-    if name not in datalist:
+    if name not in ("training", "validation"):
         raise ValueError(f"evaluate_on must be validation, training or all, got {name!r}")
     return datalist[name]
 

@@ -220,6 +220,11 @@ class TrainingState:
 
     def _restore(self, engine: Workflow, path: Path) -> None:
         checkpoint = read_checkpoint(path)
+        if not isinstance(checkpoint, dict) or "random_state" not in checkpoint:
+            raise ValueError(
+                f"{path}: is no checkpoint of a training (are these weights alone?); "
+                "put the checkpoint back, or train without --resume"
+            )
         if engine.state.max_epochs < checkpoint["epoch"]:
             raise ValueError(
                 f"{path}: is of epoch {checkpoint['epoch']}, but the training is to end at epoch "

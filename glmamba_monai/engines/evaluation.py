@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from ignite.metrics import Metric
 
 from glmamba_monai.files import write_atomically, write_json
 from glmamba_monai.metrics import CONVENTIONS, slice_metrics
-from glmamba_monai.transforms.volume import foreground
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,9 @@ class SubjectMetrics(Metric):
     Its value is the mean PSNR of the network over subjects (spec section 5: primary). ``rows`` holds one row per
     subject and method. In distributed evaluation every process ends up with the rows of all.
 
-    An item of the evaluator's batch needs ``subject``, ``target (1, X, Y, S)``, ``data_range`` and one volume
-    ``(1, X, Y, S)`` for each of :data:`BASELINES`; its output needs ``pred`` of the target's shape.
+    An item of the evaluator's batch needs ``subject``, ``target (1, X, Y, S)``, ``data_range`` and
+    ``foreground_level`` of the whole target, and one volume ``(1, X, Y, S)`` for each of :data:`BASELINES`; its output
+    needs ``pred`` of the target's shape. A slice in which a metric does not exist does not count in its mean.
 
     Args:
         network: what to call the network's rows.
@@ -68,7 +69,7 @@ class SubjectMetrics(Metric):
     def update(self, output: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
         item, result = output
         target = _slices(item["target"])
-        mask = _slices(foreground(item["target"]))
+        mask = target > float(item["foreground_level"])
         for method in dict.fromkeys((*BASELINES, self.network)):
             volume = result["pred"] if method == self.network else item[method]
             metrics = slice_metrics(_slices(volume).to(target.device), target, float(item["data_range"]), mask)
@@ -77,7 +78,7 @@ class SubjectMetrics(Metric):
                     "subject": str(item["subject"]),
                     "method": method,
                     "slices": len(target),
-                    **{name: float(values.mean()) for name, values in metrics.items()},
+                    **{name: float(values.nanmean()) for name, values in metrics.items()},
                 }
             )
 
@@ -105,13 +106,15 @@ def _slices(volume: torch.Tensor) -> torch.Tensor:
 def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """Mean and standard deviation over subjects: ``{method: {metric: {"mean", "sd", "subjects"}}}``.
 
-    The standard deviation is that of the sample (n - 1), and 0 for a single subject.
+    The standard deviation is that of the sample (n - 1), and 0 for a single subject. A subject for which a metric does
+    not exist (NaN) is not counted; one that was hit exactly has an infinite PSNR, and then so has the mean.
     """
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         summary[method] = {}
         for metric in CONVENTIONS:
             values = torch.tensor([row[metric] for row in rows if row["method"] == method], dtype=torch.float64)
+            values = values[~values.isnan()]
             sd = values.std().item() if len(values) > 1 else 0.0
             summary[method][metric] = {"mean": values.mean().item(), "sd": sd, "subjects": len(values)}
     return summary
@@ -140,6 +143,8 @@ def format_table(rows: Sequence[Row], title: str) -> str:
 def write_results(rows: Sequence[Row], output_dir: str | os.PathLike[str], description: Mapping[str, Any]) -> None:
     """Write ``metrics.csv`` (a row a subject and method) and ``summary.json`` (mean and SD over subjects).
 
+    A value that is no finite number reads ``inf`` or ``nan`` in the CSV and null in the JSON, which knows neither.
+
     Args:
         rows: of :class:`SubjectMetrics`.
         output_dir: folder.
@@ -149,16 +154,18 @@ def write_results(rows: Sequence[Row], output_dir: str | os.PathLike[str], descr
         OSError: the folder cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_atomically(
-        Path(output_dir) / METRICS_FILE, lambda p: p.write_text(text.getvalue(), encoding="utf-8") and None
-    )
-    write_json(
-        Path(output_dir) / SUMMARY_FILE,
-        {**description, "conventions": CONVENTIONS, "methods": summarise(rows)},
-    )
+    write_atomically(Path(output_dir) / METRICS_FILE, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+    methods = {
+        method: {
+            metric: {name: value if math.isfinite(value) else None for name, value in values.items()}
+            for metric, values in metrics.items()
+        }
+        for method, metrics in summarise(rows).items()
+    }
+    write_json(Path(output_dir) / SUMMARY_FILE, {**description, "conventions": CONVENTIONS, "methods": methods})
 
 
 class ResultsWriter:

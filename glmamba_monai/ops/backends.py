@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPERATIONS", "Backend", "Operation", "backend_report", "format_backend_report", "select_backend"]
+__all__ = ["OPERATIONS", "Backend", "Operation", "backend_report", "format_backend_report", "require_backends", "select_backend"]
 
 DEVICES = ("cpu", "cuda")
 
@@ -149,6 +149,16 @@ def select_backend(op: str, tensor_is_cuda: bool, requested: str | None = None) 
             f"but the tensors are on {device}. Move them, or choose 'torch'"
         )
     return requested
+
+
+def require_backends(device: torch.device | str) -> None:
+    """Make sure, before any work is done, that what the environment variables ask for can run on a device.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`select_backend`.
+    """
+    for op in OPERATIONS:
+        select_backend(op, torch.device(device).type == "cuda")
 
 
 def backend_report() -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from glmamba_monai.transforms.kspace import (
 )
 from glmamba_monai.transforms.volume import (
     DataRanged,
+    ForegroundLeveld,
     ForegroundSlicesd,
     LoadVolume,
     LoadVolumed,
@@ -18,6 +19,7 @@ from glmamba_monai.transforms.volume import (
 
 __all__ = [
     "DataRanged",
+    "ForegroundLeveld",
     "ForegroundSlicesd",
     "KSpaceLowResolution",
     "KSpaceLowResolutiond",

@@ -299,8 +299,8 @@ class KSpaceUpsampled(MapTransform):
 
     Args:
         keys: keys of the LR images.
-        like_key: key of the channel-first image whose spatial size is taken. It must cover the same field of
-            view: its affine is not read.
+        like_key: key of the channel-first image whose spatial size is taken, and whose affine too if both are
+            ``MetaTensor``: it must cover the same field of view, and headers that say so may differ by rounding.
         mode: see :py:class:`KSpaceUpsample`.
         output_keys: keys to write the upsampled images to, one for each of ``keys``; in place by default.
         allow_missing_keys: do not raise if one of ``keys`` is missing; ``like_key`` is always needed.
@@ -329,7 +329,10 @@ class KSpaceUpsampled(MapTransform):
         d = dict(data)
         if self.like_key not in d:
             raise KeyError(f"like_key {self.like_key!r} of KSpaceUpsampled is missing, found {list(d)}.")
-        spatial_size = d[self.like_key].shape[1:]
+        like = d[self.like_key]
         for key, output_key in self.key_iterator(d, self.output_keys):
-            d[output_key] = self.upsample(d[key], spatial_size)
+            upsampled = self.upsample(d[key], like.shape[1:])
+            if isinstance(upsampled, MetaTensor) and isinstance(like, MetaTensor):
+                upsampled.affine = like.affine
+            d[output_key] = upsampled
         return d

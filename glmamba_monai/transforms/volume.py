@@ -210,11 +210,32 @@ class DataRanged(MapTransform):
         return d
 
 
+class ForegroundLeveld(MapTransform):
+    """Record :func:`foreground_level` of a whole volume, for masks of what is left once its slices are selected.
+
+    Args:
+        keys: the one volume.
+        level_key: where the level goes.
+    """
+
+    def __init__(self, keys: KeysCollection, level_key: str) -> None:
+        super().__init__(keys)
+        self.level_key = level_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        d[self.level_key] = foreground_level(d[self.keys[0]])
+        return d
+
+
+def foreground_level(volume: torch.Tensor) -> float:
+    """5 % of the volume's 99.9th percentile."""
+    return FOREGROUND_LEVEL * float(np.percentile(torch.as_tensor(volume).cpu().numpy(), 99.9))
+
+
 def foreground(volume: torch.Tensor) -> torch.Tensor:
-    """Mask of the voxels above 5 % of the volume's 99.9th percentile, same shape."""
-    values = torch.as_tensor(volume)
-    level = FOREGROUND_LEVEL * float(np.percentile(values.cpu().numpy(), 99.9))
-    return values > level
+    """Mask of the voxels above :func:`foreground_level`, same shape."""
+    return torch.as_tensor(volume) > foreground_level(volume)
 
 
 class ForegroundSlicesd(MapTransform):

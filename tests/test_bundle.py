@@ -1,0 +1,375 @@
+"""The bundle as MONAI's own tools see and run it: train, resume, evaluate, verify, export, track, distribute."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+
+from glmamba_monai.bundle import locate_bundle
+from glmamba_monai.engines import load_weights
+from glmamba_monai.inference import root_cause
+from glmamba_monai.networks import build_network
+
+BUNDLE = Path(__file__).resolve().parent.parent / "bundle"
+CONFIGS = BUNDLE / "configs"
+TRAIN, EVALUATE, INFERENCE, MULTI_GPU = (
+    str(CONFIGS / f"{name}.json") for name in ("train", "evaluate", "inference", "multi_gpu_train")
+)
+# Seconds instead of minutes; everything else as it is.
+SHORT = {
+    "network": "srcnn_ref",
+    "epochs": 2,
+    "iterations_per_epoch": 3,
+    "batch_size": 2,
+    "crop_size": 16,
+    "warmup_steps": 1,
+    "val_slices": 3,
+}
+
+
+@pytest.fixture
+def dataset_dir(tmp_path, make_subject_folder):
+    make_subject_folder(tmp_path / "data", n=4)
+    return str(tmp_path / "data")
+
+
+@pytest.fixture
+def results(tmp_path):
+    return tmp_path / "results"
+
+
+def workflow(files, kind="train", **overrides):
+    """A workflow of the bundle, initialised; its logging is left alone, since it would reset pytest's."""
+    made = ConfigWorkflow(config_file=files, workflow_type=kind, logging_file=False, **overrides)
+    made.initialize()
+    return made
+
+
+def train(dataset_dir, results, **overrides):
+    made = workflow(TRAIN, **{**SHORT, "dataset_dir": dataset_dir, "output_dir": str(results), **overrides})
+    made.run()
+    made.finalize()
+    return made
+
+
+def command_line(*arguments, folder=None, launcher=(sys.executable, "-m")):
+    """Arguments of ``monai.bundle run`` in a process of its own, with the repository's package."""
+    environment = {**os.environ, "PYTHONPATH": str(BUNDLE.parent), "OMP_NUM_THREADS": "1"}
+    return {
+        "args": [*launcher, "monai.bundle", "run", *arguments],
+        "cwd": folder,
+        "env": environment,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+
+
+def options(**values):
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+# --- Training and evaluation ---
+
+
+def test_training_writes_what_it_promises(dataset_dir, results, capsys):
+    train(dataset_dir, results)
+    printed = capsys.readouterr().out
+    for pattern in (
+        r"epoch 2/2, loss 0\.\d+, train PSNR .* dB, validation PSNR .* images/s, 0:00:00 left",
+        r"\| zero_filling \| \d+\.\d\d ± ",
+        r"\| srcnn_ref \| \d+\.\d\d ± ",
+    ):
+        assert re.search(pattern, printed), printed
+    weights = torch.load(results / "model.pt", weights_only=True)
+    assert weights.keys() == build_network("srcnn_ref").state_dict().keys()
+    checkpoint = torch.load(results / "checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == 2 and checkpoint["name"] == "srcnn_ref"
+    split = json.loads((results / "datalist.json").read_text())
+    assert len(split["training"]) == 3 and len(split["validation"]) == 1
+
+
+def test_tensorboard_shows_pictures_and_curves(dataset_dir, results):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(dataset_dir, results)
+    events = EventAccumulator(str(results / "tensorboard")).Reload()
+    pictures = {"target", "zero_filling", "super_resolved", "zero_filling_error_x5", "super_resolved_error_x5"}
+    assert {f"validation/{name}" for name in pictures} <= set(events.Tags()["images"])
+    assert {"train_loss", "val_psnr"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("val_psnr")][:2] == [1, 2]
+
+
+def test_glmamba_learns_the_phantom_like_data(dataset_dir, results):
+    """The default network, a few steps: better than zero-filling on a subject it has not seen."""
+    made = train(dataset_dir, results, network="glmamba", epochs=2, iterations_per_epoch=6, warmup_steps=3)
+    metrics = made.parser.get_parsed_content("validate#evaluator").state.metrics
+    assert metrics["val_psnr"] > metrics["zero_filling_psnr"] + 0.1
+
+
+@pytest.mark.parametrize("crop_size", [None, 40])
+def test_whole_slices_and_crops_larger_than_the_slice(dataset_dir, results, crop_size):
+    train(dataset_dir, results, crop_size=crop_size, epochs=1)
+    assert (results / "model.pt").is_file()
+
+
+def test_evaluation_of_a_trained_network(dataset_dir, results):
+    train(dataset_dir, results)
+    evaluation = workflow(
+        [TRAIN, EVALUATE], dataset_dir=dataset_dir, output_dir=str(results), network="srcnn_ref", evaluate_on="all"
+    )
+    evaluation.run()
+    rows = list(csv.DictReader((results / "metrics.csv").open()))
+    assert {(r["subject"], r["method"]) for r in rows} == {
+        (f"sub{i:02d}", m) for i in range(4) for m in ("zero_filling", "bicubic", "srcnn_ref")
+    }
+    assert list(rows[0])[:5] == ["subject", "method", "slices", "psnr", "ssim"]
+    summary = json.loads((results / "summary.json").read_text())
+    for method in ("zero_filling", "bicubic", "srcnn_ref"):
+        values = [float(r["psnr"]) for r in rows if r["method"] == method]
+        assert summary["methods"][method]["psnr"]["mean"] == pytest.approx(np.mean(values), abs=1e-5)
+        assert summary["methods"][method]["psnr"]["sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
+    assert summary["weights"] == str(results / "model.pt") and summary["scale"] == 2
+
+
+def test_early_stop_ends_a_training_that_does_not_improve(dataset_dir, results):
+    made = train(dataset_dir, results, epochs=6, patience=1, learning_rate=0.0)
+    assert made.parser.get_parsed_content("train#trainer").state.epoch < 6
+
+
+def test_a_network_without_parameters_is_evaluated_but_not_trained(dataset_dir, results):
+    with pytest.raises(RuntimeError) as error:
+        train(dataset_dir, results, network="bicubic")
+    assert "nothing to train" in str(root_cause(error.value))
+    evaluation = workflow([TRAIN, EVALUATE], dataset_dir=dataset_dir, output_dir=str(results), network="bicubic")
+    evaluation.run()
+    rows = list(csv.DictReader((results / "metrics.csv").open()))
+    assert [r["method"] for r in rows] == ["zero_filling", "bicubic"]
+
+
+# --- Crash and resume ---
+
+
+def weights_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["network"]
+
+
+@pytest.mark.parametrize("network", ["srcnn_ref", "glmamba_light"])
+def test_a_resumed_training_ends_with_the_same_bits(dataset_dir, tmp_path, network):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    setup = {"network": network, "epochs": 3, "iterations_per_epoch": 2}
+    train(dataset_dir, whole, **setup)
+    stopped = workflow(TRAIN, **{**SHORT, **setup, "dataset_dir": dataset_dir, "output_dir": str(parts)})
+    stopped.parser.get_parsed_content("train#trainer").add_event_handler(
+        Events.ITERATION_COMPLETED(once=3), lambda engine: engine.terminate()
+    )
+    stopped.run()
+    torch.manual_seed(1234)  # whatever the new process draws before it resumes must not matter
+    train(dataset_dir, parts, resume=True, **setup)
+    expected, found = weights_of(whole), weights_of(parts)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("seen", ["epoch 1/", "epoch 2/"])
+def test_kill_9_and_resume_equals_an_uninterrupted_training(dataset_dir, tmp_path, seen):
+    """SIGKILL as soon as a line of progress appears: while the checkpoint is written, or in the next epoch."""
+    setup = {"epochs": 4, "val_interval": 2}
+    killed = tmp_path / "killed"
+    paths = {"dataset_dir": dataset_dir, "output_dir": killed}
+    process = subprocess.Popen(
+        **command_line("training", "--config_file", TRAIN, *options(**{**SHORT, **setup}, **paths), folder=tmp_path)
+    )
+    for line in process.stdout:
+        if line.startswith(seen):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    train(dataset_dir, tmp_path / "whole", **setup)
+    train(dataset_dir, killed, resume=True, **setup)
+    expected, found = weights_of(tmp_path / "whole"), weights_of(killed)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    best, best_found = (torch.load(f / "model.pt", weights_only=True) for f in (tmp_path / "whole", killed))
+    assert all(torch.equal(best_found[name], best[name]) for name in best)
+
+
+def test_a_training_may_be_resumed_to_last_longer(dataset_dir, results):
+    train(dataset_dir, results, epochs=1)
+    train(dataset_dir, results, epochs=3, resume=True)
+    assert torch.load(results / "checkpoint.pt", weights_only=True)["epoch"] == 3
+
+
+# --- Checks of the model zoo ---
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"), [(TRAIN, "train"), ([TRAIN, EVALUATE], "train"), (INFERENCE, "infer")], ids=str
+)
+def test_every_property_of_a_bundle_is_there(files, kind, dataset_dir, results, tmp_path):
+    overrides = {"dataset_dir": dataset_dir, "output_dir": str(results), "network": "srcnn_ref"}
+    if kind == "infer":
+        weights = tmp_path / "model.pt"
+        torch.save(build_network("srcnn_ref").state_dict(), weights)
+        overrides.update(reference="t1", weights=str(weights))
+    made = workflow(files, kind, **overrides)
+    assert made.check_properties() == []
+
+
+def test_metadata_follows_the_schema(tmp_path):
+    """MONAI's command, with the fields that its schema of 2024-07-25 asks for; the schema itself needs a network."""
+    text, mapping = {"type": "string", "minLength": 1}, {"type": "object"}
+    tensor = {
+        "type": "object",
+        "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range", "channel_def"],
+        "properties": {"num_channels": {"type": "integer"}, "spatial_shape": {"type": "array"}, "format": text},
+    }
+    strings = ("schema", "version", "monai_version", "pytorch_version", "numpy_version", "task", "description")
+    mappings = ("changelog", "required_packages_version", "network_data_format", "eval_metrics")
+    schema = {
+        "type": "object",
+        "required": [*strings, *mappings, "authors", "copyright"],
+        "properties": {
+            **dict.fromkeys((*strings, "authors", "copyright"), text),
+            **dict.fromkeys(mappings, mapping),
+            "network_data_format": {
+                "required": ["inputs", "outputs"],
+                "properties": {
+                    "inputs": {"required": ["image"], "properties": {"image": tensor}},
+                    "outputs": {"required": ["pred"], "properties": {"pred": tensor}},
+                },
+            },
+        },
+    }
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(schema))
+    verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=str(path))
+    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    assert metadata["version"] in metadata["changelog"]
+    assert "mamba-ssm" not in metadata["required_packages_version"]
+
+
+def test_metadata_states_the_pinned_versions():
+    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    text = (BUNDLE.parent / "requirements.txt").read_text()
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)(?!.*<)", text, re.MULTILINE))
+    stated = {
+        "monai": metadata["monai_version"],
+        "torch": metadata["pytorch_version"],
+        "numpy": metadata["numpy_version"],
+        **metadata["required_packages_version"],
+    }
+    assert {name: stated[name] for name in pins if name in stated} == {n: v for n, v in pins.items() if n in stated}
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_network_keeps_what_the_metadata_says(n):
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=INFERENCE,
+        device="cpu",
+        n=n,
+        bundle_root=str(BUNDLE),
+    )
+
+
+def test_exported_torchscript_equals_eager(tmp_path):
+    torch.manual_seed(0)
+    network = build_network("glmamba_light").eval()
+    torch.nn.init.normal_(network.lr_head[-1].weight, std=0.05)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    ckpt_export(
+        net_id="network_def",
+        filepath=str(tmp_path / "model.ts"),
+        ckpt_file=str(tmp_path / "model.pt"),
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=INFERENCE,
+        network="glmamba_light",
+    )
+    scripted = torch.jit.load(str(tmp_path / "model.ts"))
+    x = torch.rand(1, 2, 18, 25)
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(x), network(x), rtol=1e-5, atol=1e-5)
+
+
+def test_mlflow_tracks_a_training(dataset_dir, results):
+    mlflow = pytest.importorskip("mlflow")
+    made = ConfigWorkflow(
+        config_file=TRAIN,
+        workflow_type="train",
+        logging_file=False,
+        tracking="mlflow",
+        **{**SHORT, "dataset_dir": dataset_dir, "output_dir": str(results)},
+    )
+    made.initialize()
+    made.run()
+    made.finalize()
+    client = mlflow.MlflowClient(made.parser.get_parsed_content("tracking_uri"))
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments() if e.name != "Default"])
+    assert {"train_loss"} <= set(run.data.metrics)
+
+
+# --- Where it is run from, and on how many processes ---
+
+
+def test_the_bundle_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["monai.bundle", "run"])
+    assert Path(locate_bundle()) == BUNDLE
+    other = tmp_path / "copy" / "configs"
+    other.mkdir(parents=True)
+    (other / "metadata.json").write_text("{}")
+    for value in ("copy/configs/train.json", "['copy/configs/train.json', 'copy/configs/evaluate.json']"):
+        for arguments in (["--config_file", value], [f"--config-file={value}"]):
+            monkeypatch.setattr(sys, "argv", ["monai.bundle", "run", "training", *arguments])
+            assert Path(locate_bundle()) == other.parent
+    monkeypatch.setattr(sys, "argv", ["x", "--config_file", "nowhere/configs/train.json"])
+    assert Path(locate_bundle()) == BUNDLE
+
+
+def test_from_an_unrelated_folder(dataset_dir, results, tmp_path):
+    """The command as users type it, all three configs, nothing left where it was started."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    common = options(dataset_dir=dataset_dir, network="srcnn_ref")
+    short = options(**{k: v for k, v in SHORT.items() if k != "network"}, output_dir=results)
+    weights = options(weights=results / "model.pt", output_dir=tmp_path / "sr", scale=1, reference="t1")
+    for arguments in (
+        ["training", "--config_file", TRAIN, *common, *short],
+        ["evaluating", "--config_file", f"['{TRAIN}','{EVALUATE}']", *common, *options(output_dir=results)],
+        ["inferring", "--config_file", INFERENCE, *common, *weights],
+    ):
+        done = subprocess.run(**command_line(*arguments, folder=folder), check=False)
+        assert done.returncode == 0, done.stdout[-3000:]
+    assert list(folder.iterdir()) == []
+    assert (results / "summary.json").is_file()
+    assert len(list((tmp_path / "sr").iterdir())) == 4
+
+
+def test_two_processes_train_as_one(dataset_dir, tmp_path):
+    """torchrun with gloo: both ranks end with the same weights, and the draws of an epoch are those of one process."""
+    results = tmp_path / "two"
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+    files = f"['{TRAIN}','{MULTI_GPU}']"
+    arguments = options(**SHORT, dataset_dir=dataset_dir, output_dir=results)
+    done = subprocess.run(
+        **command_line("training", "--config_file", files, *arguments, folder=tmp_path, launcher=launcher), check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert len(re.findall(r"^epoch 2/2", done.stdout, re.MULTILINE)) == 1  # rank 0 alone reports
+    network = build_network("srcnn_ref")
+    load_weights(network, results / "model.pt", "srcnn_ref")
+    train(dataset_dir, tmp_path / "one")
+    one, two = weights_of(tmp_path / "one"), weights_of(results)
+    # Mean of the two half batches is the mean of the batch, up to the order of additions.
+    assert all(torch.allclose(two[name], one[name], rtol=1e-3, atol=1e-5) for name in one)
