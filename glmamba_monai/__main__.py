@@ -95,7 +95,7 @@ def cost(height: int = 240, width: int = 240) -> None:
 # What a parameter of that type takes from the command line; fire reads any text that looks like a number as one.
 EXPECTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "str": (str, "text; write ./NAME for a file whose name is a number"),
-    "str | None": (str, "text; write ./NAME for a file whose name is a number"),
+    "str | None": ((str, type(None)), "text; write ./NAME for a file whose name is a number"),
     "int": (int, "an integer"),
     "float": ((int, float), "a number"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import NdarrayOrTensor
-from monai.data import NibabelWriter
+from monai.data import MetaTensor, NibabelWriter
+from monai.transforms import SaveImaged
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
@@ -99,3 +100,33 @@ class AtomicNibabelWriter(NibabelWriter):
             set_form(np.asarray(image.affine), code=1)
         image.header.set_xyzt_units("mm")
         write_atomically(filename, lambda p: nib.save(image, p))
+
+
+def save_volume(volume: MetaTensor, path: str | os.PathLike[str]) -> Path:
+    """Write ``(1, X, Y, Z)`` as a float32 NIfTI file, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    writer = AtomicNibabelWriter()
+    writer.set_data_array(volume, channel_dim=0)
+    writer.set_metadata({"affine": volume.affine}, resample=False)
+    writer.write(path)
+    return Path(path)
+
+
+class SaveVolumed(SaveImaged):
+    """``SaveImaged`` that writes with :func:`save_volume`; names and folders are its own.
+
+    MONAI's swallows what the writer raises, and reports a full disk as missing libraries.
+
+    Raises:
+        OSError: when called, a file cannot be written.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            name = self.saver.fname_formatter(d[key].meta, self.saver)
+            save_volume(d[key], self.saver.folder_layout.filename(**name))
+        return d

@@ -11,7 +11,7 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from glmamba_monai.bundle import locate_bundle
-from glmamba_monai.files import AtomicNibabelWriter, require_writable
+from glmamba_monai.files import require_writable, save_volume
 from glmamba_monai.transforms import KSpaceLowResolution, LoadVolume
 from glmamba_monai.transforms.grid import find_slice_axis
 from glmamba_monai.transforms.volume import slices_back, slices_last
@@ -110,19 +110,6 @@ def simulate(
     low_resolution = slices_back(degrade(slices_last(volume, axis)), axis)
     save_volume(low_resolution, output)
     return low_resolution
-
-
-def save_volume(volume: MetaTensor, path: PathLike) -> Path:
-    """Write ``(1, X, Y, Z)`` as a float32 NIfTI file, atomically.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    writer = AtomicNibabelWriter()
-    writer.set_data_array(volume, channel_dim=0)
-    writer.set_metadata({"affine": volume.affine}, resample=False)
-    writer.write(path)
-    return Path(path)
 
 
 def _require_nifti_name(path: PathLike) -> None:

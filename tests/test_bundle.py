@@ -28,6 +28,7 @@ TRAIN, EVALUATE, INFERENCE, MULTI_GPU = (
 # Seconds instead of minutes; everything else as it is.
 SHORT = {
     "network": "srcnn_ref",
+    "device": "$torch.device('cpu')",  # where equal bits are promised
     "epochs": 2,
     "iterations_per_epoch": 3,
     "batch_size": 2,
@@ -64,7 +65,7 @@ def train(dataset_dir, results, **overrides):
 
 def command_line(*arguments, folder=None, launcher=(sys.executable, "-m")):
     """Arguments of ``monai.bundle run`` in a process of its own, with the repository's package."""
-    environment = {**os.environ, "PYTHONPATH": str(BUNDLE.parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(BUNDLE.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return {
         "args": [*launcher, "monai.bundle", "run", *arguments],
         "cwd": folder,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -55,8 +54,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: is no file of weights, or a damaged one ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # whatever pickle or the zip reader happen to raise on a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path}: is no file of weights, or a damaged one ({reason}); copy it again or choose another file"
+        ) from error
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str], name: str) -> None:
@@ -72,7 +74,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str], name: str) ->
         ValueError: the weights belong to another network; the message names the one they fit.
     """
     content = read_checkpoint(path)
-    weights = content.get("network", content) if isinstance(content, dict) else {}
+    weights = content.get("network", content) if isinstance(content, dict) else content
     if _shapes(weights) != _shapes(network.state_dict()):
         with torch.device("meta"):
             fitting = [n for n in NETWORKS.names if _shapes(build_network(n).state_dict()) == _shapes(weights) != {}]
@@ -82,7 +84,8 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str], name: str) ->
 
 
 def _shapes(weights: Any) -> dict[str, tuple[int, ...]]:
-    return {k: tuple(v.shape) for k, v in weights.items() if isinstance(v, torch.Tensor)}
+    entries = weights.items() if isinstance(weights, dict) else ()
+    return {k: tuple(v.shape) for k, v in entries if isinstance(v, torch.Tensor)}
 
 
 def find_weights(weights: str | None, folders: list[str], network: nn.Module) -> str | None:

@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPERATIONS", "Backend", "Operation", "backend_report", "format_backend_report", "require_backends", "select_backend"]
+__all__ = [
+    "OPERATIONS",
+    "Backend",
+    "Operation",
+    "backend_report",
+    "format_backend_report",
+    "require_backends",
+    "select_backend",
+]
 
 DEVICES = ("cpu", "cuda")
 

@@ -1,0 +1,424 @@
+"""Weights that fit or are refused, checkpoints that survive a full disk, and random generators put back."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+from glmamba_monai.engines import TrainingState, WeightsLoader, find_weights, load_weights
+from glmamba_monai.engines.checkpoint import random_state, read_checkpoint, set_random_state
+from glmamba_monai.networks import build_network
+
+
+def different_weights(name, seed=0):
+    """A network whose every weight differs from a freshly built one's."""
+    network = build_network(name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+def state_of(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def files_in(folder):
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- loading weights
+
+
+@pytest.mark.parametrize("form", ["state_dict", "checkpoint"])
+def test_weights_are_loaded_from_both_kinds_of_file(tmp_path, form):
+    expected = state_of(different_weights("srcnn_ref"))
+    torch.save(expected if form == "state_dict" else {"network": expected, "epoch": 3}, tmp_path / "w.pt")
+    network = build_network("srcnn_ref")
+    load_weights(network, tmp_path / "w.pt", "srcnn_ref")
+    assert_same(network.state_dict(), expected)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "other shape"])
+def test_weights_are_loaded_all_or_none(tmp_path, change):
+    weights = state_of(different_weights("srcnn_ref"))
+    if change == "missing":
+        weights.pop("reconstruction.bias")
+    elif change == "extra":
+        weights["reconstruction.scale"] = torch.ones(1)
+    else:
+        weights["reconstruction.bias"] = torch.ones(2)
+    torch.save(weights, tmp_path / "w.pt")
+    network = build_network("srcnn_ref")
+    before = state_of(network)
+    with pytest.raises(ValueError) as error:
+        load_weights(network, tmp_path / "w.pt", "srcnn_ref")
+    assert str(error.value).startswith(f"{tmp_path / 'w.pt'}: the weights do not fit network 'srcnn_ref'")
+    assert "they fit no known network" in str(error.value)
+    assert_same(network.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "loaded_into"), [("srcnn", "srcnn_ref"), ("srcnn_ref", "srcnn"), ("glmamba_light", "srcnn")]
+)
+@pytest.mark.parametrize("form", ["state_dict", "checkpoint"])
+def test_weights_of_another_network_name_the_one_they_fit(tmp_path, made_for, loaded_into, form):
+    weights = build_network(made_for).state_dict()
+    torch.save(weights if form == "state_dict" else {"network": weights}, tmp_path / "w.pt")
+    network = build_network(loaded_into)
+    before = state_of(network)
+    with pytest.raises(ValueError) as error:
+        load_weights(network, tmp_path / "w.pt", loaded_into)
+    message = str(error.value)
+    assert str(tmp_path / "w.pt") in message and repr(loaded_into) in message
+    assert f"they fit {made_for}: name it with --network" in message
+    assert_same(network.state_dict(), before)
+
+
+def test_presets_of_glmamba_are_told_apart(tmp_path):
+    torch.save(build_network("glmamba").state_dict(), tmp_path / "w.pt")
+    with torch.device("meta"):
+        light = build_network("glmamba_light")
+    # The whole method of Table 1 has the same weights under another name.
+    with pytest.raises(ValueError, match=r"fit glmamba or .*table1_edge_loss.*: name it with --network"):
+        load_weights(light, tmp_path / "w.pt", "glmamba_light")
+
+
+def truncated(path):
+    torch.save(build_network("srcnn").state_dict(), path)
+    path.write_bytes(path.read_bytes()[:20000])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_text("these are notes, not weights\n"),
+        lambda p: p.write_bytes(np.random.default_rng(0).bytes(5000)),
+        lambda p: p.write_bytes(b"PK\x03\x04" + bytes(100)),
+        lambda p: p.write_bytes(b"\x80\x02" + bytes(100)),
+        lambda p: p.write_bytes(b"\x1f\x8b" + bytes(100)),
+        truncated,
+    ],
+    ids=["empty", "text", "noise", "zip", "pickle", "gzip", "truncated"],
+)
+def test_what_is_no_file_of_weights_is_refused_by_name(tmp_path, write):
+    write(tmp_path / "w.pt")
+    network = build_network("srcnn")
+    before = state_of(network)
+    with pytest.raises(ValueError) as error:
+        load_weights(network, tmp_path / "w.pt", "srcnn")
+    assert str(error.value).startswith(f"{tmp_path / 'w.pt'}: is no file of weights, or a damaged one")
+    assert "\n" not in str(error.value)
+    assert_same(network.state_dict(), before)
+
+
+@pytest.mark.parametrize("content", [[1, 2], "text", 3, {}, {"network": {}}, {"epoch": 3}, {"network": 3}], ids=str)
+def test_a_file_of_something_else_fits_no_network(tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt: the weights do not fit network 'srcnn'; they fit no known network"):
+        load_weights(build_network("srcnn"), tmp_path / "w.pt", "srcnn")
+
+
+class Malicious:
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.witness),))
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_code_in_a_checkpoint_is_not_run(tmp_path, zip_format):
+    content = {"network": Malicious(tmp_path / "witness")}
+    torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=zip_format)
+    with pytest.raises(ValueError, match=r"w\.pt: is no file of weights, or a damaged one"):
+        load_weights(build_network("srcnn"), tmp_path / "w.pt", "srcnn")
+    assert not (tmp_path / "witness").exists()
+    torch.save(build_network("srcnn"), tmp_path / "module.pt")  # a pickled module is code, too
+    with pytest.raises(ValueError, match=r"module\.pt: is no file of weights"):
+        read_checkpoint(tmp_path / "module.pt")
+
+
+# --- finding weights
+
+
+def test_weights_are_looked_for_in_order(tmp_path):
+    network = build_network("srcnn")
+    folders = [str(tmp_path / name) for name in ("results", "models")]
+    for folder in folders:
+        os.mkdir(folder)
+    (tmp_path / "models" / "model.pt").write_bytes(b"1")
+    assert find_weights(None, folders, network) == str(tmp_path / "models" / "model.pt")
+    (tmp_path / "results" / "model.pt").write_bytes(b"2")
+    assert find_weights(None, folders, network) == str(tmp_path / "results" / "model.pt")
+    (tmp_path / "mine.pt").write_bytes(b"3")
+    assert find_weights(str(tmp_path / "mine.pt"), folders, network) == str(tmp_path / "mine.pt")
+
+
+@pytest.mark.parametrize("weights", [None, "mine.pt"])
+def test_without_weights_it_says_how_to_get_them(tmp_path, weights):
+    folders = [str(tmp_path / name) for name in ("results", "models")]
+    if weights is not None:  # a file that is named is meant: no other is taken in its place
+        weights = str(tmp_path / weights)
+        (tmp_path / "models").mkdir()
+        torch.save(build_network("srcnn").state_dict(), tmp_path / "models" / "model.pt")
+    with pytest.raises(FileNotFoundError) as error:
+        WeightsLoader(build_network("srcnn"), "srcnn", folders, weights)
+    message = str(error.value)
+    looked = [weights] if weights else [f"{folder}/model.pt" for folder in folders]
+    assert message.startswith(f"no weights: there is no {' nor '.join(looked)}. ")
+    assert "python -m monai.bundle run training" in message and "--weights" in message
+
+
+@pytest.mark.parametrize("name", ["zero_filling", "bicubic"])
+def test_interpolations_need_no_weights(tmp_path, name):
+    loader = WeightsLoader(build_network(name), name, [str(tmp_path)])
+    assert loader.path is None
+    loader()  # and nothing is loaded
+
+
+def test_weights_are_there_before_the_first_batch(tmp_path):
+    expected = state_of(different_weights("srcnn"))
+    torch.save(expected, tmp_path / "model.pt")
+    network = build_network("srcnn")
+    engine = Engine(lambda engine, batch: assert_same(network.state_dict(), expected))
+    WeightsLoader(network, "srcnn", [str(tmp_path)]).attach(engine)
+    engine.run([0])
+
+
+# --- random generators
+
+
+def draws():
+    return (
+        [random.random() for _ in range(3)],
+        random.gauss(0, 1),
+        np.random.random_sample(3).tolist(),
+        np.random.standard_normal(),
+        torch.rand(3).tolist(),
+    )
+
+
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_random_generators_are_put_back(tmp_path, through_a_file):
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    random.gauss(0, 1)  # leaves a second normal draw behind, in Python and in numpy
+    np.random.standard_normal()
+    state = random_state()
+    expected = draws()
+    assert draws() != expected
+    if through_a_file:
+        torch.save(state, tmp_path / "state.pt")
+        state = read_checkpoint(tmp_path / "state.pt")
+    set_random_state(state)
+    assert draws() == expected
+
+
+# --- checkpoints of a training
+
+
+class Training:
+    """A trainer and a validator of a real network, on numbers; ``psnr`` lists what each validation finds."""
+
+    def __init__(self, folder, psnr=(1.0, 2.0, 3.0), epochs=3, name="srcnn", **options):
+        torch.manual_seed(0)
+        self.network = build_network(name)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=0.01)
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 0.5)
+        self.validated = []
+        self.weights = {}  # after every epoch
+        self.psnr = psnr
+        self.evaluator = SimpleNamespace(
+            state=SimpleNamespace(best_metric=-1, best_metric_epoch=-1, epoch=0), run=self.validate
+        )
+        self.state = TrainingState(self.network, self.optimizer, self.schedule, self.evaluator, folder, name, **options)
+        self.trainer = Engine(self.step)
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.end_of_epoch)
+        self.state.attach(self.trainer)
+        self.trainer.add_event_handler(Events.STARTED, lambda engine: None)
+        self.epochs = epochs
+
+    def step(self, engine, batch):
+        self.optimizer.zero_grad()
+        x = torch.rand(1, 2, 8, 8)
+        (self.network(x) - batch).square().mean().backward()
+        self.optimizer.step()
+
+    def end_of_epoch(self, engine):
+        self.schedule.step()
+        self.validate(engine.state.epoch)
+        self.weights[engine.state.epoch] = state_of(self.network)
+
+    def validate(self, epoch):
+        state = self.evaluator.state
+        state.epoch = epoch
+        self.validated.append(epoch)
+        if self.psnr[epoch - 1] > state.best_metric:
+            state.best_metric, state.best_metric_epoch = self.psnr[epoch - 1], epoch
+
+    def run(self):
+        self.trainer.run([0.3, 0.7], max_epochs=self.epochs)
+        return self
+
+
+def test_the_checkpoint_is_of_the_last_epoch_and_the_weights_of_the_best(tmp_path):
+    training = Training(tmp_path, psnr=(1.0, 3.0, 2.0)).run()
+    assert sorted(files_in(tmp_path)) == ["checkpoint.pt", "model.pt"]
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == 3 and checkpoint["iteration"] == 6 and checkpoint["name"] == "srcnn"
+    assert checkpoint["best_metric"] == 3.0 and checkpoint["best_metric_epoch"] == 2
+    assert_same(checkpoint["network"], training.weights[3])
+    assert_same(torch.load(tmp_path / "model.pt", weights_only=True), training.weights[2])
+
+
+def test_other_processes_do_not_write(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"of rank 0")
+    Training(tmp_path, write=False).run()
+    assert files_in(tmp_path) == {"model.pt": b"of rank 0"}
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_resumed_training_goes_on_where_it_stopped(tmp_path, stop_after):
+    whole = Training(tmp_path / "whole").run()
+    Training(tmp_path / "parts", epochs=stop_after).run()
+    torch.manual_seed(99)
+    resumed = Training(tmp_path / "parts", resume=True).run()
+    assert resumed.validated == list(range(stop_after + 1, 4))
+    for name in ("network", "optimizer"):
+        expected, found = (
+            torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)[name] for folder in ("whole", "parts")
+        )
+        assert str(found) == str(expected)
+    assert_same(state_of(resumed.network), whole.weights[3])
+    assert resumed.schedule.get_last_lr() == whole.schedule.get_last_lr()
+
+
+class FullDisk:
+    """``torch.save`` on a disk that fills up: some bytes arrive, then the error that torch or the system raises."""
+
+    def __init__(self, error, after=0):
+        self.save, self.error, self.after = torch.save, error, after
+
+    def __call__(self, content, path):
+        self.after -= 1
+        if self.after >= 0:
+            return self.save(content, path)
+        path.write_bytes(b"half a file")
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed writing file data/0"),
+    ],
+    ids=["OSError", "RuntimeError"],
+)
+@pytest.mark.parametrize(("saved_before", "failing"), [(2, "model.pt"), (3, "checkpoint.pt")])
+def test_a_disk_that_fills_stops_with_what_was_saved_intact(tmp_path, monkeypatch, error, saved_before, failing):
+    """Epoch 1 saves model.pt and checkpoint.pt; the disk fills at the first or second file of epoch 2."""
+    whole = Training(tmp_path / "whole").run()
+    training = Training(tmp_path / "full")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", FullDisk(error, saved_before))
+        with pytest.raises(OSError) as raised:
+            training.run()
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path / 'full' / failing}: cannot be written")
+    assert str(error) in message and "Free space or choose another output folder" in message
+    assert sorted(files_in(tmp_path / "full")) == ["checkpoint.pt", "model.pt"]
+    checkpoint = torch.load(tmp_path / "full" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == 1
+    assert_same(checkpoint["network"], training.weights[1])
+    saved = training.weights[1 if failing == "model.pt" else 2]
+    assert_same(torch.load(tmp_path / "full" / "model.pt", weights_only=True), saved)
+
+    # Space has been made: the training goes on and ends as if nothing had happened.
+    resumed = Training(tmp_path / "full", resume=True).run()
+    assert_same(state_of(resumed.network), whole.weights[3])
+    assert_same(torch.load(tmp_path / "full" / "model.pt", weights_only=True), whole.weights[3])
+
+
+def test_a_full_disk_in_the_first_epoch_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", FullDisk(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="cannot be written"):
+        Training(tmp_path).run()
+    assert files_in(tmp_path) == {}
+
+
+def test_a_new_training_sets_the_last_one_aside(tmp_path, caplog):
+    Training(tmp_path, epochs=2).run()
+    first = files_in(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        Training(tmp_path, epochs=1).run()
+    second = files_in(tmp_path)
+    assert {f"previous-{name}": content for name, content in first.items()} == {
+        name: content for name, content in second.items() if name.startswith("previous-")
+    }
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    for name in ("checkpoint.pt", "model.pt"):
+        assert f"{tmp_path / name} is of an earlier training; kept as previous-{name}" in caplog.text
+
+
+def test_resume_with_fewer_epochs_than_there_are(tmp_path):
+    Training(tmp_path, epochs=3).run()
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError) as error:
+        Training(tmp_path, epochs=2, resume=True).run()
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'checkpoint.pt'}: ") and "epoch 3" in message and "epoch 2" in message
+    assert "--epochs" in message
+    assert files_in(tmp_path) == before
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, caplog):
+    whole = Training(tmp_path / "whole").run()
+    with caplog.at_level(logging.WARNING):
+        resumed = Training(tmp_path / "other", resume=True).run()
+    assert f"there is no {tmp_path / 'other' / 'checkpoint.pt'} yet; starting from the beginning" in caplog.text
+    assert_same(state_of(resumed.network), whole.weights[3])
+
+
+def test_resume_from_another_network(tmp_path):
+    Training(tmp_path, epochs=1).run()
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: .* 'srcnn_ref'; they fit srcnn: name it with --network"):
+        Training(tmp_path, name="srcnn_ref", resume=True).run()
+    assert files_in(tmp_path) == before
+
+
+def test_resume_from_weights_alone(tmp_path):
+    torch.save(build_network("srcnn").state_dict(), tmp_path / "checkpoint.pt")
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: is no checkpoint of a training .*--resume"):
+        Training(tmp_path, resume=True).run()
+    assert files_in(tmp_path) == before
+
+
+def test_resume_from_a_damaged_checkpoint(tmp_path):
+    Training(tmp_path, epochs=1).run()
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:10000])
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: is no file of weights, or a damaged one"):
+        Training(tmp_path, resume=True).run()
+    assert files_in(tmp_path) == before

@@ -1,0 +1,375 @@
+"""Volumes in, volumes out: on the reference's grid, in the units of the low-resolution volume, never mirrored."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
+
+import glmamba_monai
+from glmamba_monai import simulate, super_resolve
+from glmamba_monai.files import save_volume
+from glmamba_monai.inference import root_cause
+from glmamba_monai.networks import build_network
+
+BUNDLE = Path(__file__).parent.parent / "bundle"
+
+
+def make_pair(tmp_path, make_subject_folder, make_affine, axis=2, scale=2, **affine):
+    """A subject with ``axis`` across its slices: files of T1 and T2, and the simulated LR of the T2."""
+    shape, spacing = [26, 30, 22], [0.9, 0.9, 0.9]
+    shape[axis], spacing[axis] = 6, 3.0
+    written = make_subject_folder(
+        tmp_path / "data", n=1, shape=tuple(shape), affine=make_affine(spacing, **affine), seed=5
+    )["sub00"]
+    lr = tmp_path / "lr.nii.gz"
+    simulate(written["t2"], lr, scale)
+    return {"lr": lr, **written}
+
+
+def reoriented(path, codes, out):
+    """The file with its axes stored along ``codes``, by nibabel; no voxel moves in the world."""
+    image = nib.load(path)
+    target = nib.orientations.axcodes2ornt(tuple(codes))
+    nib.save(image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), target)), out)
+    return out
+
+
+def correlation(a, b):
+    return np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]
+
+
+def files_in(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def check_output(path, reference, truth, least=0.98):
+    """The file lies on the reference's grid and shows the truth, not its mirror image, in the truth's units."""
+    written, reference, truth = nib.load(path), nib.load(reference), nib.load(truth).get_fdata()
+    found = written.get_fdata()
+    assert written.shape == reference.shape and written.get_data_dtype() == np.float32
+    np.testing.assert_allclose(written.affine, reference.affine, atol=1e-4)
+    assert written.header["sform_code"] == written.header["qform_code"] == 1
+    np.testing.assert_allclose(written.get_qform(), reference.affine, atol=1e-3)
+    np.testing.assert_allclose(written.header.get_zooms(), reference.header.get_zooms(), atol=1e-4)
+    assert written.header.get_xyzt_units()[0] == "mm"
+    straight = correlation(found, truth)
+    assert straight > least
+    for count in (1, 2, 3):
+        for axes in combinations(range(3), count):
+            assert correlation(found, np.flip(truth, axes)) < straight - 0.02, axes
+    # The magnitude of a low-resolution volume adds its ringing to the background: a little above the truth.
+    assert found.mean() == pytest.approx(truth.mean(), rel=0.05)
+    return found
+
+
+# --- where the result lies
+
+
+@pytest.mark.parametrize(
+    ("axis", "affine", "stored"),
+    [
+        (2, {"codes": "LPS"}, None),  # axial, oblique
+        (2, {"codes": "RAS", "degrees": (0, 0, 0)}, None),
+        (2, {"codes": "LAS", "degrees": (0, 0, 0)}, None),
+        (1, {"codes": "LAS"}, None),  # coronal
+        (0, {"codes": "RAS"}, None),  # sagittal
+        (0, {"codes": "PSR"}, None),  # sagittal, the slices stored first
+        (2, {"codes": "PSR", "degrees": (11, -7, 4)}, None),  # sagittal, the slices stored last
+        (2, {"codes": "LIA", "degrees": (-9, 3, 0)}, None),  # coronal, the slices stored last
+        (2, {"codes": "LPS"}, "RAS"),  # the LR is stored otherwise than the reference
+        (2, {"codes": "RAS"}, "SLP"),
+        (1, {"codes": "LSA"}, "PIR"),
+        (0, {"codes": "RAS", "degrees": (0, 0, 0)}, "IAL"),
+    ],
+    ids=str,
+)
+def test_the_result_lies_on_the_reference_and_is_not_mirrored(
+    tmp_path, make_subject_folder, make_affine, axis, affine, stored
+):
+    files = make_pair(tmp_path, make_subject_folder, make_affine, axis, **affine)
+    lr = files["lr"] if stored is None else reoriented(files["lr"], stored, tmp_path / "stored.nii.gz")
+    result = super_resolve(lr, files["t1"], tmp_path / "sr.nii.gz", network="zero_filling")
+    found = check_output(tmp_path / "sr.nii.gz", files["t1"], files["t2"], least=0.97)
+    assert found.mean() == pytest.approx(nib.load(lr).get_fdata().mean(), rel=1e-5)
+    assert isinstance(result, MetaTensor) and result.dtype == torch.float32 and result.shape == (1, *found.shape)
+    np.testing.assert_array_equal(result[0].numpy(), found)
+    np.testing.assert_allclose(result.affine, nib.load(files["t1"]).affine, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_a_smooth_volume_comes_back(tmp_path, make_volume, make_affine, axis):
+    """Almost nothing lies beyond the frequencies kept, so zero-filling returns the volume itself."""
+    shape, spacing = [48, 56, 40], [0.9, 0.9, 0.9]
+    shape[axis], spacing[axis] = 5, 3.0
+    grids = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    centres = [0.1 if n == 5 else c for n, c in zip(shape, (-0.1, 0.12, 0.05))]
+    truth = 3000 * np.exp(-8 * sum((g - c) ** 2 for g, c in zip(grids, centres))) + 20
+    affine = make_affine(spacing)
+    files = {
+        "t2": make_volume(tmp_path / "t2.nii.gz", truth.astype(np.float32), affine),
+        "t1": make_volume(tmp_path / "t1.nii.gz", (4000 - truth).astype(np.float32), affine),
+    }
+    simulate(files["t2"], tmp_path / "lr.nii.gz", 2)
+    super_resolve(tmp_path / "lr.nii.gz", files["t1"], tmp_path / "sr.nii.gz", network="zero_filling")
+    found = check_output(tmp_path / "sr.nii.gz", files["t1"], files["t2"], least=0.999)
+    np.testing.assert_allclose(found, truth, atol=0.01 * truth.max())
+    assert found.mean() == pytest.approx(truth.mean(), rel=0.001)
+
+
+def test_headers_that_differ_a_little_do_not_move_the_result(tmp_path, make_subject_folder, make_affine):
+    """The LR's header is 0.3 voxel off, which is allowed: the result takes the reference's."""
+    files = make_pair(tmp_path, make_subject_folder, make_affine)
+    lr, reference = nib.load(files["lr"]), nib.load(files["t1"])
+    expected = super_resolve(files["lr"], files["t1"], network="zero_filling")
+    affine = lr.affine.copy()
+    affine[:3, 3] += 0.3 * reference.affine[:3, 0]
+    nib.save(nib.Nifti1Image(lr.get_fdata(dtype=np.float32), affine), tmp_path / "off.nii.gz")
+    result = super_resolve(tmp_path / "off.nii.gz", files["t1"], tmp_path / "sr.nii.gz", network="zero_filling")
+    np.testing.assert_allclose(result.affine, reference.affine, atol=1e-6)
+    torch.testing.assert_close(result.as_tensor(), expected.as_tensor())
+    check_output(tmp_path / "sr.nii.gz", files["t1"], files["t2"])
+
+
+@pytest.mark.parametrize("scale", [2, 3, [2, 3], [1, 2]], ids=str)
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_factors(tmp_path, make_subject_folder, make_affine, scale, suffix):
+    files = make_pair(tmp_path, make_subject_folder, make_affine, scale=scale)
+    for i, named in enumerate(("auto", scale)):
+        output = tmp_path / f"sr{i}{suffix}"
+        super_resolve(files["lr"], files["t1"], output, scale=named, network="zero_filling")
+        check_output(output, files["t1"], files["t2"], least=0.95)
+
+
+def test_isotropic_volumes_take_the_slice_axis_that_is_named(tmp_path, make_subject_folder, make_affine):
+    """Nothing tells the slices of the original: axial is assumed, another plane has to be named."""
+    files = make_subject_folder(tmp_path / "d", n=1, shape=(24, 26, 28), affine=make_affine((1, 1, 1)))["sub00"]
+    for plane, expected in (("auto", (12, 13, 28)), ("sagittal", (24, 13, 14)), (1, (12, 26, 14))):
+        lr = tmp_path / "lr.nii.gz"
+        assert simulate(files["t2"], lr, 2, slice_axis=plane).shape == (1, *expected)
+        super_resolve(lr, files["t1"], tmp_path / "sr.nii.gz", network="zero_filling")  # the unchanged axis tells
+        check_output(tmp_path / "sr.nii.gz", files["t1"], files["t2"], least=0.95)
+
+
+# --- what the network does to it
+
+
+def write_weights(path, seed=0):
+    network = build_network("srcnn_ref")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    torch.save(network.state_dict(), path)
+    return network.eval()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_the_network_sees_every_slice_once_with_both_contrasts(tmp_path, make_subject_folder, make_affine, batch_size):
+    """srcnn_ref by hand: divisors of LR and reference, slice by slice, and the LR's units again."""
+    files = make_pair(tmp_path, make_subject_folder, make_affine)
+    network = write_weights(tmp_path / "w.pt")
+    found = super_resolve(
+        files["lr"], files["t1"], network="srcnn_ref", weights=tmp_path / "w.pt", batch_size=batch_size, device="cpu"
+    )
+    lr, reference = (nib.load(files[k]).get_fdata(dtype=np.float32) for k in ("lr", "t1"))
+    up = super_resolve(files["lr"], files["t1"], network="zero_filling")[0].as_tensor()
+    divisor, reference_divisor = np.percentile(lr, 99.9), np.percentile(reference, 99.9)
+    x = torch.stack([up / divisor, torch.from_numpy(reference) / reference_divisor]).float()  # (2, X, Y, S)
+    with torch.no_grad():
+        expected = torch.stack([network(x[None, ..., s])[0, 0] for s in range(x.shape[-1])], -1) * divisor
+    torch.testing.assert_close(found[0].as_tensor(), expected.float(), rtol=1e-4, atol=1e-2)
+    assert not torch.allclose(found[0].as_tensor(), up, rtol=1e-2)  # the weights do something
+
+
+def test_intensities_keep_their_units(tmp_path, make_subject_folder, make_affine):
+    files = make_pair(tmp_path, make_subject_folder, make_affine)
+    write_weights(tmp_path / "w.pt")
+    lr = nib.load(files["lr"])
+    nib.save(nib.Nifti1Image(1000 * lr.get_fdata(dtype=np.float32), lr.affine), tmp_path / "bright.nii.gz")
+    options = {"network": "srcnn_ref", "weights": tmp_path / "w.pt"}
+    one = super_resolve(files["lr"], files["t1"], **options)
+    thousand = super_resolve(tmp_path / "bright.nii.gz", files["t1"], **options)
+    torch.testing.assert_close(thousand.as_tensor(), 1000 * one.as_tensor(), rtol=1e-4, atol=1)
+
+
+def test_bicubic_is_another_interpolation(tmp_path, make_subject_folder, make_affine):
+    files = make_pair(tmp_path, make_subject_folder, make_affine)
+    bicubic, sinc = (
+        super_resolve(files["lr"], files["t1"], tmp_path / f"{n}.nii.gz", network=n)
+        for n in ("bicubic", "zero_filling")
+    )
+    check_output(tmp_path / "bicubic.nii.gz", files["t1"], files["t2"], least=0.95)
+    assert not torch.allclose(bicubic, sinc, rtol=1e-3)
+
+
+def test_weights_of_the_bundle_are_taken(tmp_path, make_subject_folder, make_affine):
+    """A copy of the bundle elsewhere, with its own models/model.pt."""
+    files = make_pair(tmp_path, make_subject_folder, make_affine)
+    bundle = tmp_path / "bundle"
+    for folder in ("configs", "models"):
+        (bundle / folder).mkdir(parents=True)
+    (bundle / "configs" / "inference.json").write_text((BUNDLE / "configs" / "inference.json").read_text())
+    with pytest.raises(RuntimeError) as error:
+        super_resolve(files["lr"], files["t1"], tmp_path / "o.nii.gz", network="srcnn_ref", bundle_root=bundle)
+    cause = root_cause(error.value)
+    assert isinstance(cause, FileNotFoundError)
+    assert str(bundle / "models" / "model.pt") in str(cause) and "Train first" in str(cause)
+    assert not (tmp_path / "o.nii.gz").exists()
+    write_weights(bundle / "models" / "model.pt")
+    found = super_resolve(files["lr"], files["t1"], network="srcnn_ref", bundle_root=bundle)
+    named = super_resolve(files["lr"], files["t1"], network="srcnn_ref", weights=bundle / "models" / "model.pt")
+    assert torch.equal(found.as_tensor(), named.as_tensor())
+
+
+# --- files
+
+
+def test_nothing_but_the_output_is_touched(tmp_path, make_subject_folder, make_affine):
+    files = make_pair(tmp_path, make_subject_folder, make_affine)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = files_in(tmp_path)
+    result = super_resolve(files["lr"], files["t1"], network="zero_filling")  # no output named
+    assert files_in(tmp_path) == before
+    super_resolve(files["lr"], files["t1"], tmp_path / "new" / "folder" / "sr.nii", network="zero_filling")
+    after = files_in(tmp_path)
+    assert after.keys() - before.keys() == {"new/folder/sr.nii"}
+    assert {name: after[name] for name in before} == before
+    save_volume(result, tmp_path / "new" / "folder" / "sr.nii")  # over an old result
+    np.testing.assert_array_equal(nib.load(tmp_path / "new/folder/sr.nii").get_fdata(), result[0].numpy())
+
+
+def write_low_resolution_dataset(tmp_path, make_subject_folder, names):
+    """A data set whose T2 are low-resolution, and the original T2 beside it."""
+    written = make_subject_folder(tmp_path / "hr", names=names)
+    for subject, files in written.items():
+        lr = tmp_path / "data" / subject / "t2.nii.gz"
+        lr.parent.mkdir(parents=True)
+        simulate(files["t2"], lr, 2)
+        (lr.parent / "t1.nii.gz").write_bytes(files["t1"].read_bytes())
+    return written
+
+
+def test_a_data_set_gives_a_file_a_subject(tmp_path, make_subject_folder):
+    names = ["sub00", "case.1", "patient_2-x"]
+    written = write_low_resolution_dataset(tmp_path, make_subject_folder, names)
+    (tmp_path / "out" / "older").mkdir(parents=True)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "older" / "x_sr.nii.gz").write_bytes(b"of an earlier run")
+    before = files_in(tmp_path)
+    workflow = ConfigWorkflow(
+        config_file=str(BUNDLE / "configs" / "inference.json"),
+        workflow_type="infer",
+        logging_file=False,
+        dataset_dir=str(tmp_path / "data"),
+        reference="t1",
+        network="zero_filling",
+        output_dir=str(tmp_path / "out"),
+    )
+    workflow.initialize()
+    workflow.run()
+    after = files_in(tmp_path)
+    assert after.keys() - before.keys() == {f"out/{name}_sr.nii.gz" for name in names}
+    assert {name: after[name] for name in before} == before
+    for name in names:
+        check_output(tmp_path / "out" / f"{name}_sr.nii.gz", written[name]["t1"], written[name]["t2"], least=0.95)
+
+
+# --- simulation
+
+
+@pytest.mark.parametrize("scale", [2, [2, 3], 1.5], ids=str)
+def test_a_simulated_volume_covers_the_same_field_of_view(tmp_path, make_subject_folder, make_affine, scale):
+    files = make_pair(tmp_path, make_subject_folder, make_affine)
+    low = simulate(files["t2"], tmp_path / "low.nii.gz", scale)
+    written, high = nib.load(tmp_path / "low.nii.gz"), nib.load(files["t2"])
+    factors = [*(scale if isinstance(scale, list) else [scale, scale]), 1]
+    assert written.shape == tuple(int(np.ceil(n / f)) for n, f in zip(high.shape, factors)) == low.shape[1:]
+    assert written.get_data_dtype() == np.float32
+    assert written.header["sform_code"] == written.header["qform_code"] == 1
+    for end in (-0.5, 1):  # the outer corners of the volume
+        corners = [
+            nib.affines.apply_affine(v.affine, [n - 0.5 if end > 0 else end for n in v.shape]) for v in (written, high)
+        ]
+        np.testing.assert_allclose(*corners, atol=1e-3)
+    assert written.get_fdata().mean() == pytest.approx(high.get_fdata().mean(), rel=0.02)
+    np.testing.assert_array_equal(written.get_fdata(dtype=np.float32), low[0].numpy())
+
+
+def test_a_simulation_keeps_its_matrix_when_told_so(tmp_path, make_subject_folder, make_affine):
+    """zero_fill: what a scanner gives that interpolates; it is super-resolved with scale 1."""
+    files = make_pair(tmp_path, make_subject_folder, make_affine)
+    simulate(files["t2"], tmp_path / "low.nii.gz", 2, mode="zero_fill")
+    low, high = nib.load(tmp_path / "low.nii.gz"), nib.load(files["t2"])
+    assert low.shape == high.shape
+    np.testing.assert_allclose(low.affine, high.affine, atol=1e-6)
+    data, original = low.get_fdata(), high.get_fdata()
+    assert 0.97 < correlation(data, original) < 0.9999
+    with pytest.raises(RuntimeError) as error:
+        super_resolve(tmp_path / "low.nii.gz", files["t1"], network="zero_filling")
+    assert "scale 1" in str(root_cause(error.value))
+    super_resolve(tmp_path / "low.nii.gz", files["t1"], tmp_path / "sr.nii.gz", scale=1, network="zero_filling")
+    np.testing.assert_allclose(nib.load(tmp_path / "sr.nii.gz").get_fdata(), data, rtol=1e-5, atol=1e-3)
+
+
+def test_simulated_noise(tmp_path, make_volume):
+    """Rician: where the signal is strong, its standard deviation is the one asked for."""
+    flat = make_volume(tmp_path / "flat.nii.gz", np.full((64, 64, 8), 1000.0, np.float32))
+    volumes = {
+        seed: simulate(flat, tmp_path / f"{seed}.nii.gz", 2, noise_std=20.0, seed=seed)[0].numpy() for seed in (0, 1)
+    }
+    assert volumes[0].std() == pytest.approx(20, rel=0.05) and volumes[0].mean() == pytest.approx(1000, rel=0.01)
+    assert abs(correlation(volumes[0], volumes[1])) < 0.1
+    again = simulate(flat, tmp_path / "again.nii.gz", 2, noise_std=20.0)[0].numpy()
+    np.testing.assert_array_equal(again, volumes[0])
+    assert simulate(flat, tmp_path / "clean.nii.gz", 2)[0].numpy().std() < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"scale": 0.5}, "scale"),
+        ({"scale": "two"}, "scale"),
+        ({"mode": "nearest"}, "mode"),
+        ({"noise_std": -1.0}, "noise_std"),
+        ({"slice_axis": "diagonal"}, "slice_axis"),
+    ],
+)
+def test_a_simulation_that_cannot_be_writes_nothing(tmp_path, make_subject_folder, options, word):
+    files = make_subject_folder(tmp_path / "data", n=1)["sub00"]
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=word):
+        simulate(files["t2"], tmp_path / "out.nii.gz", **options)
+    with pytest.raises(ValueError, match=r"out\.mha: the name must end in \.nii or \.nii\.gz"):
+        simulate(files["t2"], tmp_path / "out.mha")
+    assert files_in(tmp_path) == before
+
+
+# --- errors
+
+
+def test_root_cause_is_what_names_the_file():
+    try:
+        try:
+            try:
+                raise EOFError("Compressed file ended")
+            except EOFError as error:
+                raise ValueError("lr.nii.gz: cannot be read") from error
+        except ValueError as error:
+            raise RuntimeError("applying transform") from error
+    except RuntimeError as error:
+        assert str(root_cause(error)) == "lr.nii.gz: cannot be read"
+    alone = RuntimeError("on its own")
+    assert root_cause(alone) is alone
+
+
+def test_the_functions_are_at_the_top_of_the_package():
+    assert glmamba_monai.super_resolve is super_resolve and glmamba_monai.simulate is simulate
+    with pytest.raises(AttributeError, match="super_duper"):
+        _ = glmamba_monai.super_duper
