@@ -218,10 +218,9 @@ def test_a_training_may_be_resumed_to_last_longer(dataset_dir, results):
 )
 def test_every_property_of_a_bundle_is_there(files, kind, dataset_dir, results, tmp_path):
     overrides = {"dataset_dir": dataset_dir, "output_dir": str(results), "network": "srcnn_ref"}
-    if kind == "infer":
-        weights = tmp_path / "model.pt"
-        torch.save(build_network("srcnn_ref").state_dict(), weights)
-        overrides.update(reference="t1", weights=str(weights))
+    if files != TRAIN:
+        torch.save(build_network("srcnn_ref").state_dict(), tmp_path / "model.pt")
+        overrides.update(reference="t1", weights=str(tmp_path / "model.pt"))
     made = workflow(files, kind, **overrides)
     assert made.check_properties() == []
 
