@@ -1,7 +1,7 @@
 """Seconds a slice of every network, against one plain 3x3 convolution of 96 to 96 channels measured in the same run.
 
-    python benchmarks/network_speed.py --device cpu --threads 2
-    python benchmarks/network_speed.py --device cuda --batch 4 --runs 20
+python benchmarks/network_speed.py --device cpu --threads 2
+python benchmarks/network_speed.py --device cuda --batch 4 --runs 20
 """
 
 from __future__ import annotations

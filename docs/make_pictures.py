@@ -22,9 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def main(
-    weights: str = "bundle/results/model.pt", subject: str = "subject-005", output: str = "docs/demo.png"
-) -> None:
+def main(weights: str = "bundle/results/model.pt", subject: str = "subject-005", output: str = "docs/demo.png") -> None:
     """Draw the middle slice of a demo subject.
 
     Args:

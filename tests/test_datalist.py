@@ -240,20 +240,28 @@ def test_keep_split_outlives_a_growing_folder(tmp_path, make_subject_folder, cap
     assert prepare(keep_split=True) == fresh
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"seed": 3}, {"validation": 0.5}, {"target": "t1", "reference": "t2"}, {"layout": "plain"}, {"validation": ["c"]}],
-)
-def test_keep_split_of_other_arguments_splits_anew_and_says_so(tmp_path, make_subject_folder, caplog, change):
+@pytest.mark.parametrize("change", [{"seed": 3}, {"validation": 0.5}, {"layout": "plain"}, {"validation": ["c"]}])
+def test_keep_split_holds_out_who_was_held_out_whatever_is_asked_now(tmp_path, make_subject_folder, change):
     make_subject_folder(tmp_path / "data", names=list("abcdef"), shape=SMALL)
     arguments = {"dataset_dir": tmp_path / "data", "output_dir": tmp_path / "out", "target": "t2", "reference": "t1"}
-    prepare_datalist(**arguments)
-    other = prepare_datalist(**{**arguments, **change}, keep_split=True)
-    assert other == prepare_datalist(**{**arguments, **change})
-    (message,) = warnings_of(caplog)
-    for key, value in change.items():
-        assert f"{key}={value!r}, was " in message
-    assert str(tmp_path / "out" / "datalist.json") in message
+    trained = prepare_datalist(**arguments)
+    assert prepare_datalist(**{**arguments, **change}, keep_split=True) == trained
+
+
+def test_keep_split_of_other_contrasts_splits_anew_and_says_so(tmp_path, make_subject_folder, caplog):
+    make_subject_folder(tmp_path / "data", names=list("abcdef"), shape=SMALL)
+    arguments = {"dataset_dir": tmp_path / "data", "output_dir": tmp_path / "out"}
+    prepare_datalist(**arguments, target="t2", reference="t1")
+    other = prepare_datalist(**arguments, target="t1", reference="t2", keep_split=True)
+    assert other["validation"][0]["target"].endswith("t1.nii.gz")
+    assert "target='t1', was 't2'" in caplog.text
+
+
+def test_an_evaluation_does_not_replace_the_split_of_a_training(tmp_path):
+    trained = {"made_with": {}, "training": [], "validation": []}
+    write_datalist(trained, tmp_path)
+    write_datalist({**trained, "made_with": {"seed": 1}}, tmp_path, overwrite=False)
+    assert json.loads((tmp_path / "datalist.json").read_text()) == trained
 
 
 def test_a_kept_split_is_checked_again(tmp_path, make_subject_folder):

@@ -224,8 +224,9 @@ def prepare_datalist(
         layout: see :func:`~glmamba_monai.data.layouts.find_subjects`.
         validation: see :func:`split_subjects`.
         seed: of the split.
-        keep_split: use the split that stands in ``output_dir`` if it was made with the same arguments, so that an
-            evaluation or a resumed training sees the same patients even if the folder has grown since.
+        keep_split: use the split that stands in ``output_dir`` if it is of the same data set and contrasts, whatever
+            ``validation`` and ``seed`` are now: an evaluation or a resumed training must hold out the patients that the
+            training has held out.
 
     Returns:
         ``{"made_with": arguments, "training": items, "validation": items}``; an item is
@@ -250,11 +251,16 @@ def prepare_datalist(
             datalist = {"made_with": found, **{name: content[name] for name in ("training", "validation")}}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file}: is no datalist of this package ({error!r}); remove it to split anew") from error
-        if found == made_with:
+        changed = [
+            f"{name}={made_with[name]!r}, was {found.get(name)!r}"
+            for name in ("dataset_dir", "target", "reference")
+            if found.get(name) != made_with[name]
+        ]
+        if not changed:
+            logger.info("split of %s", file)
             require_paired_grids(datalist["training"] + datalist["validation"])
             return datalist
-        changed = [f"{k}={v!r}, was {found.get(k)!r}" for k, v in made_with.items() if found.get(k) != v]
-        logger.warning("%s is of other arguments (%s): splitting anew", file, "; ".join(changed))
+        logger.warning("%s is of other data (%s): splitting anew", file, "; ".join(changed))
     datalist, split = find_items(dataset_dir, target, reference, layout)
     if not split:
         by_name = {item["subject"]: item for item in datalist["training"]}
@@ -266,15 +272,23 @@ def prepare_datalist(
     return {"made_with": made_with, **datalist}
 
 
-def write_datalist(datalist: Datalist, output_dir: str | os.PathLike[str]) -> None:
+def write_datalist(datalist: Datalist, output_dir: str | os.PathLike[str], overwrite: bool = True) -> None:
     """Write the split of :func:`prepare_datalist` into the folder of the results.
 
     Call it once the volumes have proved to be usable: the split of an earlier run must not be lost to bad input.
 
+    Args:
+        datalist: the split.
+        output_dir: folder of the results.
+        overwrite: replace the split of an earlier run; an evaluation must not, since it may be of other data.
+
     Raises:
         OSError: it cannot be written.
     """
-    file = write_json(Path(output_dir) / DATALIST_FILE, datalist)
+    file = Path(output_dir) / DATALIST_FILE
+    if file.is_file() and not overwrite:
+        return
+    write_json(file, datalist)
     logger.info(
         "%d subjects to train on, %d held out (%s); split written to %s",
         len(datalist["training"]),
