@@ -59,14 +59,14 @@ def main(
 
     print("| | forward (s a slice) | over the convolution | training step (s a slice) | over the convolution |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    print(f"| one 3x3 convolution, 96 to 96 | {forward:.4f} | 1 | {step:.4f} | 1 |", flush=True)
+    print(f"| one 3x3 convolution, 96 to 96 | {forward:.3g} | 1 | {step:.3g} | 1 |", flush=True)
     for name in networks.split(","):
         network, loss = build_network(name).to(device), GLMambaLoss().to(device)
         with torch.no_grad():
             seconds = median_seconds(lambda n=network: n(x), runs, threads) / batch
         training = median_seconds(lambda n=network, f=loss: f(n(x), x).backward(), runs, threads) / batch
         print(
-            f"| {name} | {seconds:.4f} | {seconds / forward:.0f} | {training:.4f} | {training / step:.0f} |",
+            f"| {name} | {seconds:.3g} | {seconds / forward:.0f} | {training:.3g} | {training / step:.0f} |",
             flush=True,
         )
 
