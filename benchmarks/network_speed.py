@@ -52,12 +52,13 @@ def main(
     print(f"\n{format_backend_report()}\n")
     x = torch.rand(batch, 2, size, size, device=device)
 
-    plain, features = nn.Conv2d(96, 96, 3, padding=1).to(device), torch.rand(batch, 96, size, size, device=device)
+    plain = nn.Conv2d(96, 96, 3, padding=1).to(device)
+    features = torch.rand(batch, 96, size, size, device=device, requires_grad=True)
     with torch.no_grad():
         forward = median_seconds(lambda: plain(features), runs, threads) / batch
     step = median_seconds(lambda: plain(features).square().mean().backward(), runs, threads) / batch
 
-    print("| | forward (s a slice) | over the convolution | training step (s a slice) | over the convolution |")
+    print("| | forward (s a slice) | over the convolution | forward + backward (s a slice) | over the convolution |")
     print("| --- | ---: | ---: | ---: | ---: |")
     print(f"| one 3x3 convolution, 96 to 96 | {forward:.3g} | 1 | {step:.3g} | 1 |", flush=True)
     for name in networks.split(","):

@@ -20,6 +20,7 @@ def super_resolve(
     network: str = "glmamba",
     weights: str | None = None,
     slice_axis: Any = "auto",
+    bundle_root: str | None = None,
 ) -> None:
     """Super-resolve a low-resolution NIfTI volume with a sharp one of another contrast.
 

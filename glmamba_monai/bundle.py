@@ -6,18 +6,22 @@ import sys
 from pathlib import Path
 
 
-def locate_bundle() -> str:
+def locate_bundle(look_at_command_line: bool = True) -> str:
     """The folder of the bundle in use; the default of ``bundle_root`` in every config.
 
     ``monai.bundle`` does not tell a config where it lies, so this looks, in this order, at ``--config_file`` on the
     command line (the bundle is the parent of its ``configs`` folder), and beside this package, where it lies in a
     checkout of the repository.
 
+    Args:
+        look_at_command_line: false where the command line belongs to another program.
+
     Raises:
         FileNotFoundError: there is no bundle there.
     """
     beside_package = Path(__file__).resolve().parent.parent / "bundle"
-    for folder in [*_bundles_of_command_line(sys.argv), beside_package]:
+    named = _bundles_of_command_line(sys.argv) if look_at_command_line else []
+    for folder in [*named, beside_package]:
         if (folder / "configs" / "metadata.json").is_file():
             return str(folder)
     raise FileNotFoundError(

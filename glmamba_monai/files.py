@@ -24,7 +24,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         OSError: the folder cannot be made or written, or the disk is full. What stood at ``path`` is still there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: writers choose the format by it
+    # The suffix stays, since writers choose the format by it; the name is fixed, so that what a killed process has left
+    # is overwritten by the next.
+    temporary = path.with_name(f".partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -50,7 +50,7 @@ def super_resolve(
         FileNotFoundError, ValueError, OSError: a file is missing, does not fit or cannot be written. These are the
             causes behind the ``RuntimeError`` that MONAI raises; see :func:`root_cause`.
     """
-    root = Path(bundle_root) if bundle_root is not None else Path(locate_bundle())
+    root = Path(bundle_root) if bundle_root is not None else Path(locate_bundle(look_at_command_line=False))
     if output is not None:
         _require_nifti_name(output)
         require_writable(Path(output).absolute().parent)

@@ -1,4 +1,4 @@
-"""The training loss (spec section 3; the paper's CELoss)."""
+"""The training loss (the paper's CELoss)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ContrastiveEdgeLoss(nn.Module):
 
 
 class GLMambaLoss(nn.Module):
-    """``0.7 L1(SR, HR) + 0.3 L1(RecRef, Ref) + 0.1 CELoss(SR, HR)`` (spec section 3).
+    """``0.7 L1(SR, HR) + 0.3 L1(RecRef, Ref) + 0.1 CELoss(SR, HR)`` (docs/method.md).
 
     Args:
         edge_weight: weight of :class:`ContrastiveEdgeLoss`; 0 for the rows of Table 1 above "+ CELoss".

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of a super-resolved volume, slice by slice, under every convention of spec section 5."""
+"""PSNR and SSIM of a super-resolved volume, slice by slice, under every convention of docs/data.md, metrics."""
 
 from __future__ import annotations
 

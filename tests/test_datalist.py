@@ -14,9 +14,9 @@ import pytest
 from glmamba_monai.data import datalist as module
 from glmamba_monai.data import (
     dataset_or_demo,
+    evaluation_items,
     find_items,
     inference_items,
-    section,
     split_subjects,
     write_datalist,
 )
@@ -257,11 +257,13 @@ def test_keep_split_of_other_contrasts_splits_anew_and_says_so(tmp_path, make_su
     assert "target='t1', was 't2'" in caplog.text
 
 
-def test_an_evaluation_does_not_replace_the_split_of_a_training(tmp_path):
-    trained = {"made_with": {}, "training": [], "validation": []}
-    write_datalist(trained, tmp_path)
-    write_datalist({**trained, "made_with": {"seed": 1}}, tmp_path, overwrite=False)
-    assert json.loads((tmp_path / "datalist.json").read_text()) == trained
+def test_a_split_follows_a_data_set_that_has_moved(tmp_path, make_subject_folder, caplog):
+    make_subject_folder(tmp_path / "data", names=list("abcdef"), shape=SMALL)
+    trained = prepare_datalist(tmp_path / "data", tmp_path / "out", "t2", "t1", validation=["c", "d"])
+    (tmp_path / "data").rename(tmp_path / "moved")
+    found = prepare_datalist(tmp_path / "moved", tmp_path / "out", "t2", "t1", keep_split=True)
+    assert names(found["validation"]) == names(trained["validation"]) == ["c", "d"]
+    assert not warnings_of(caplog)
 
 
 def test_a_kept_split_is_checked_again(tmp_path, make_subject_folder):
@@ -410,7 +412,7 @@ def test_a_json_keeps_its_own_split(tmp_path, make_subject_folder):
     path = write_list(tmp_path / "my.json", written, training=["sub04", "sub00"], validation=["sub02"], test=["sub01"])
     datalist = prepare_datalist(path, tmp_path / "out", "t2", "t1", validation=0.9)
     assert names(datalist["training"]) == ["sub00", "sub04"]
-    assert names(datalist["validation"]) == ["sub01", "sub02"]
+    assert names(datalist["validation"]) == ["sub02"]  # who is tested on chooses no weights
     assert datalist["training"][0]["target"] == str(written["sub00"]["t2"])
     assert json.loads((tmp_path / "out" / "datalist.json").read_text())["validation"] == datalist["validation"]
 
@@ -437,7 +439,7 @@ def test_a_json_without_training_can_be_inferred_but_not_trained(tmp_path, make_
     written = make_subject_folder(tmp_path / "data", n=2, shape=SMALL)
     path = write_list(tmp_path / "my.json", written, test=["sub00", "sub01"])
     assert names(inference_items(None, "t1", path, "t2")) == ["sub00", "sub01"]
-    assert names(find_items(path, "t2", "t1")[0]["validation"]) == ["sub00", "sub01"]
+    assert names(find_items(path, "t2", "t1")[0]["test"]) == ["sub00", "sub01"]
     with pytest.raises(ValueError, match=r'my\.json: has no section "training"'):
         prepare_datalist(path, tmp_path / "out", "t2", "t1")
     assert not (tmp_path / "out").exists()
@@ -446,13 +448,28 @@ def test_a_json_without_training_can_be_inferred_but_not_trained(tmp_path, make_
 # --- what the configs ask for
 
 
-def test_sections(tmp_path):
-    datalist = {"training": [{"subject": "a"}], "validation": [{"subject": "b"}]}
-    assert names(section(datalist, "training")) == ["a"]
-    assert names(section(datalist, "validation")) == ["b"]
-    assert names(section(datalist, "all")) == ["a", "b"]
-    with pytest.raises(ValueError, match="evaluate_on must be validation, training or all, got 'test'"):
-        section(datalist, "test")
+def test_what_is_evaluated_on(tmp_path, make_subject_folder):
+    written = make_subject_folder(tmp_path / "data", n=5, shape=SMALL)
+    path = write_list(tmp_path / "my.json", written, training=["sub04", "sub00"], validation=["sub02"], test=["sub01"])
+    expected = {"training": ["sub00", "sub04"], "validation": ["sub02"], "test": ["sub01"]}
+    for name, subjects in expected.items():
+        assert names(evaluation_items(name, path, tmp_path / "out", "t2", "t1")) == subjects
+    assert names(evaluation_items("all", path, tmp_path / "out", "t2", "t1")) == ["sub00", "sub04", "sub02", "sub01"]
+    # of a folder: the split of its training, whatever is asked now; and all of it, even a single patient
+    trained = prepare_datalist(tmp_path / "data", tmp_path / "out", "t2", "t1", validation=["sub03"])
+    assert evaluation_items("validation", tmp_path / "data", tmp_path / "out", "t2", "t1") == trained["validation"]
+    make_subject_folder(tmp_path / "single", n=1, shape=SMALL)
+    assert names(evaluation_items("all", tmp_path / "single", tmp_path / "out", "t2", "t1")) == ["sub00"]
+    for wrong in ("test", "everyone"):
+        with pytest.raises(ValueError, match=f"evaluate_on='{wrong}': expected validation, training, test or all"):
+            evaluation_items(wrong, tmp_path / "data", tmp_path / "out", "t2", "t1")
+
+
+def test_a_patient_in_two_sections_is_refused(tmp_path, make_subject_folder):
+    written = make_subject_folder(tmp_path / "data", names=["patient01_study1", "patient01_study2"], shape=SMALL)
+    path = write_list(tmp_path / "my.json", written, training=["patient01_study1"], validation=["patient01_study2"])
+    with pytest.raises(ValueError, match=r"my\.json: patient01 .* 'training' and in 'validation'"):
+        prepare_datalist(path, tmp_path / "out", "t2", "t1")
 
 
 def test_without_a_data_set_the_phantom_is_used_and_said_so(tmp_path, monkeypatch, caplog):

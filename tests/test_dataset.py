@@ -14,7 +14,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.data.utils import pad_list_data_collate
 from monai.transforms import Compose, Transform
 
-from glmamba_monai.data import SliceDataset, SliceDraw, SliceSampler, share_of_rank, volume_dataset
+from glmamba_monai.data import SliceDataset, SliceDraw, SliceSampler, batch_of_rank, share_of_rank, volume_dataset
 from glmamba_monai.transforms import KSpaceLowResolutiond, LoadVolumed, PairOnGridd
 
 CONFIG = Path(__file__).parent.parent / "bundle" / "configs" / "train.json"
@@ -297,3 +297,10 @@ def test_shares_of_ranks():
             if items >= ranks:
                 assert sorted(chain.from_iterable(shares)) == list(range(items))
                 assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_batch_is_shared_equally_or_not_at_all():
+    assert [batch_of_rank(4, n) for n in (1, 2, 4)] == [4, 2, 1]
+    for batch_size, processes in ((4, 3), (2, 4), (0, 1)):
+        with pytest.raises(ValueError, match=f"batch_size {batch_size} must be .* {processes}"):
+            batch_of_rank(batch_size, processes)

@@ -238,7 +238,7 @@ def test_low_and_high_resolution_agree_in_world_space(shape, scale, flip, tmp_pa
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_ramp_is_worth_decibels(scale):
-    """The order of the numbers in spec section 4, on a phantom: the half-pixel trap costs over 1 dB."""
+    """The order of the numbers in docs/data.md, preprocessing, on a phantom: the half-pixel trap costs over 1 dB."""
     hr = shepp_logan_phantom()[None]
     size = hr.shape[1]
     n = size // scale

@@ -274,7 +274,7 @@ def test_cuda_equals_cpu(name):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-# --- Cost (spec section 2, presets and budgets) ---
+# --- Cost (docs/method.md, cost) ---
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_cost_is_pinned(name, parameters, macs, scan_flops, paper_parameters, pa
     [("glmamba", 2.24, 74.5, 1.195, 32.42), ("glmamba_light", 1.191, 32.14, 0.792, 20.11)],
 )
 def test_cost_is_the_specification_s(name, millions, gmac, paper_millions, paper_gmac):
-    """Within a per mille: the specification's tool also counted the additions of the average pools."""
+    """Within a per mille: the tool behind these figures also counted other layers, such as average pools."""
     cost = count_cost(build_network(name), 240, 240)
     assert round(cost.parameters / 1e6, len(str(millions)) - 2) == millions
     assert round(cost.paper_parameters / 1e6, 3) == paper_millions

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -183,25 +184,34 @@ def find_items(
     The arguments are those of :func:`prepare_datalist` and :func:`pair_contrasts`.
 
     Returns:
-        ``{"training": items, "validation": items}`` and whether the data set itself states the split (otherwise all
-        items stand under "training").
+        ``{"training": items, "validation": items, "test": items}`` and whether the data set itself says whom to
+        validate on (otherwise all but a stated test section stand under "training").
+
+    Raises:
+        ValueError: a datalist has one patient in two sections, and what the readers raise.
     """
     path = _absolute(dataset_dir)
     if path.suffix == ".json":
         sections = read_json_datalist(path)
-        held_out = {k: v for name, found in sections.items() if name != "training" for k, v in found.items()}
+        sections["test"] = {**sections.get("test", {}), **sections.pop("testing", {})}
         datalist = {
-            name: pair_contrasts(found, target, reference, skip_incomplete) if found else []
-            for name, found in (("training", sections.get("training")), ("validation", held_out))
+            name: pair_contrasts(sections[name], target, reference, skip_incomplete) if sections.get(name) else []
+            for name in ("training", "validation", "test")
         }
-        return datalist, bool(held_out)
+        patients = {name: {patient_of(item["subject"]) for item in items} for name, items in datalist.items()}
+        for one, other in combinations(patients, 2):
+            shared = sorted(patients[one] & patients[other])
+            if shared:
+                raise ValueError(f"datalist {path}: {', '.join(shared)} stand(s) both in {one!r} and in {other!r}")
+        return datalist, bool(datalist["validation"])
     layout, subjects = find_subjects(path, layout)
     if layout == "ixi" and "t1" in (contrast_name(target), contrast_name(reference)):
         raise ValueError(
             "IXI's T1 lies on another grid than its T2 and PD (it is a separate 3-D acquisition) and would have to be "
             "registered first; use --target t2 --reference pd"
         )
-    return {"training": pair_contrasts(subjects, target, reference, skip_incomplete), "validation": []}, False
+    items = pair_contrasts(subjects, target, reference, skip_incomplete)
+    return {"training": items, "validation": [], "test": []}, False
 
 
 def prepare_datalist(
@@ -224,7 +234,7 @@ def prepare_datalist(
         layout: see :func:`~glmamba_monai.data.layouts.find_subjects`.
         validation: see :func:`split_subjects`.
         seed: of the split.
-        keep_split: use the split that stands in ``output_dir`` if it is of the same data set and contrasts, whatever
+        keep_split: use the split that stands in ``output_dir`` if it is of the same subjects and contrasts, whatever
             ``validation`` and ``seed`` are now: an evaluation or a resumed training must hold out the patients that the
             training has held out.
 
@@ -243,52 +253,58 @@ def prepare_datalist(
         "validation": validation if isinstance(validation, (int, float, str)) else list(validation),
         "seed": seed,
     }
-    file = Path(output_dir) / DATALIST_FILE
-    if keep_split and file.is_file():
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            found = content["made_with"]
-            datalist = {"made_with": found, **{name: content[name] for name in ("training", "validation")}}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}: is no datalist of this package ({error!r}); remove it to split anew") from error
-        changed = [
-            f"{name}={made_with[name]!r}, was {found.get(name)!r}"
-            for name in ("dataset_dir", "target", "reference")
-            if found.get(name) != made_with[name]
-        ]
-        if not changed:
-            logger.info("split of %s", file)
-            require_paired_grids(datalist["training"] + datalist["validation"])
-            return datalist
-        logger.warning("%s is of other data (%s): splitting anew", file, "; ".join(changed))
     datalist, split = find_items(dataset_dir, target, reference, layout)
+    if not datalist["training"]:
+        raise ValueError(f'datalist {dataset_dir}: has no section "training", so there is nothing to train on')
     if not split:
         by_name = {item["subject"]: item for item in datalist["training"]}
-        training, held_out = split_subjects(list(by_name), validation, seed)
+        recorded = _recorded_split(Path(output_dir) / DATALIST_FILE, made_with, set(by_name)) if keep_split else None
+        training, held_out = recorded or split_subjects(list(by_name), validation, seed)
         datalist = {"training": [by_name[s] for s in training], "validation": [by_name[s] for s in held_out]}
-    elif not datalist["training"]:
-        raise ValueError(f'datalist {dataset_dir}: has no section "training", so there is nothing to train on')
+    datalist = {name: datalist[name] for name in ("training", "validation")}
     require_paired_grids(datalist["training"] + datalist["validation"])
     return {"made_with": made_with, **datalist}
 
 
-def write_datalist(datalist: Datalist, output_dir: str | os.PathLike[str], overwrite: bool = True) -> None:
+def _recorded_split(file: Path, made_with: dict[str, Any], present: set[str]) -> tuple[list[str], list[str]] | None:
+    """Training and held-out subjects of an earlier run, if it was of these subjects, wherever they lie now."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = content["made_with"]
+        names = [[item["subject"] for item in content[section]] for section in ("training", "validation")]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: is no datalist of this package ({error!r}); remove it to split anew") from error
+    changed = [
+        f"{name}={made_with[name]!r}, was {found.get(name)!r}"
+        for name in ("target", "reference")
+        if found.get(name) != made_with[name]
+    ]
+    recorded = {*names[0], *names[1]}
+    if not recorded & present:
+        changed.append("other subjects")
+    elif recorded - present:
+        raise FileNotFoundError(
+            f"{file} names {', '.join(sorted(recorded - present))}, of whom the data set lacks one contrast or both; "
+            "put the files back, or use another output_dir"
+        )
+    if changed:
+        logger.warning("%s is of other data (%s): splitting anew", file, "; ".join(changed))
+        return None
+    logger.info("split of %s", file)
+    return names[0], names[1]
+
+
+def write_datalist(datalist: Datalist, output_dir: str | os.PathLike[str]) -> None:
     """Write the split of :func:`prepare_datalist` into the folder of the results.
 
     Call it once the volumes have proved to be usable: the split of an earlier run must not be lost to bad input.
 
-    Args:
-        datalist: the split.
-        output_dir: folder of the results.
-        overwrite: replace the split of an earlier run; an evaluation must not, since it may be of other data.
-
     Raises:
         OSError: it cannot be written.
     """
-    file = Path(output_dir) / DATALIST_FILE
-    if file.is_file() and not overwrite:
-        return
-    write_json(file, datalist)
+    file = write_json(Path(output_dir) / DATALIST_FILE, datalist)
     logger.info(
         "%d subjects to train on, %d held out (%s); split written to %s",
         len(datalist["training"]),
@@ -298,17 +314,41 @@ def write_datalist(datalist: Datalist, output_dir: str | os.PathLike[str], overw
     )
 
 
-def section(datalist: Datalist, name: str) -> list[Item]:
-    """The items to evaluate on: "validation", "training", or "all".
+def evaluation_items(
+    evaluate_on: str,
+    dataset_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    target: str,
+    reference: str,
+    layout: str = "auto",
+    validation: float | Sequence[str] = VALIDATION_FRACTION,
+    seed: int = 0,
+) -> list[Item]:
+    """The items to evaluate on.
+
+    Args:
+        evaluate_on: "validation" or "training" of the split that the training has recorded in ``output_dir``; "test" of
+            a JSON datalist; "all" for everything in the data set.
+        dataset_dir: see :func:`prepare_datalist`, as for the other arguments.
 
     Raises:
-        ValueError: ``name`` is none of these.
+        ValueError: there is no such section, and what :func:`prepare_datalist` raises.
     """
-    if name == "all":
-        return datalist["training"] + datalist["validation"]
-    if name not in ("training", "validation"):
-        raise ValueError(f"evaluate_on must be validation, training or all, got {name!r}")
-    return datalist[name]
+    datalist, split = find_items(dataset_dir, target, reference, layout)
+    if evaluate_on == "all":
+        items = [item for section in datalist.values() for item in section]
+    else:
+        if not split and evaluate_on != "test":
+            datalist = prepare_datalist(
+                dataset_dir, output_dir, target, reference, layout, validation, seed, keep_split=True
+            )
+        items = datalist.get(evaluate_on, []) if evaluate_on in ("validation", "training", "test") else []
+    if not items:
+        raise ValueError(
+            f"evaluate_on={evaluate_on!r}: expected validation, training, test or all, with subjects in {dataset_dir}"
+        )
+    require_paired_grids(items)
+    return items
 
 
 def inference_items(
@@ -344,7 +384,7 @@ def inference_items(
         items = [{"subject": name, "image": str(image), "reference": str(reference)}]
     else:
         datalist, _ = find_items(str(dataset_dir), target, str(reference), layout, skip_incomplete=False)
-        pairs = datalist["training"] + datalist["validation"]
+        pairs = [item for section in datalist.values() for item in section]
         items = [{"subject": p["subject"], "image": p["target"], "reference": p["reference"]} for p in pairs]
     for item in items:
         for role in ("image", "reference"):

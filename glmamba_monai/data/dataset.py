@@ -99,6 +99,19 @@ def _plain(image: torch.Tensor) -> torch.Tensor:
     return image.as_tensor() if isinstance(image, MetaTensor) else image
 
 
+def batch_of_rank(batch_size: int, num_replicas: int = 1) -> int:
+    """Slices that each of several processes takes of a batch.
+
+    Raises:
+        ValueError: they cannot share it equally.
+    """
+    if batch_size < 1 or batch_size % num_replicas:
+        raise ValueError(
+            f"batch_size {batch_size} must be a positive multiple of the number of processes, {num_replicas}"
+        )
+    return batch_size // num_replicas
+
+
 def share_of_rank(data: Sequence[Any], num_replicas: int = 1, rank: int = 0) -> list[Any]:
     """Items of a data list that one of several processes evaluates.
 

@@ -1,4 +1,4 @@
-"""Where the volumes of a data set lie: BraTS, IXI, plain folders, a JSON datalist (spec section 8).
+"""Where the volumes of a data set lie: BraTS, IXI, plain folders, a JSON datalist (docs/data.md, layouts).
 
 Every reader turns a folder into ``{subject: {contrast: path}}`` with one set of contrast names, whatever the data
 set calls them.

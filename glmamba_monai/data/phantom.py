@@ -418,7 +418,7 @@ def write_demo_data(
     slices: int = DEMO["slices"],
     seed: int = DEMO["seed"],
 ) -> Path:
-    """Write simulated subjects in the plain layout (spec section 8), every second one with a tumour.
+    """Write simulated subjects in the plain layout (docs/data.md, layouts), every second one with a tumour.
 
     The folder appears complete or not at all: it is built beside `out` and renamed.
 
@@ -483,7 +483,7 @@ def demo_data() -> Path:
     Processes that start together each build a copy; the first to finish wins and all use that one.
 
     Returns:
-        Folder in the plain layout (spec section 8).
+        Folder in the plain layout (docs/data.md, layouts).
     """
     recipe = Path(__file__).read_bytes() + json.dumps(DEMO).encode()
     folder = cache_dir() / f"phantom-{hashlib.sha256(recipe).hexdigest()[:12]}"

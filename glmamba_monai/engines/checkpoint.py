@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 from pathlib import Path
@@ -14,8 +15,9 @@ from ignite.engine import Engine, Events
 from monai.engines import Workflow
 from torch import nn
 
+from glmamba_monai.data.datalist import DATALIST_FILE, Datalist, write_datalist
 from glmamba_monai.files import write_checkpoint
-from glmamba_monai.networks import NETWORKS, build_network
+from glmamba_monai.networks import NETWORKS, build_network, find_network
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,15 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str], name: str) ->
             fitting = [n for n in NETWORKS.names if _shapes(build_network(n).state_dict()) == _shapes(weights) != {}]
         remedy = f"they fit {' or '.join(fitting)}: name it with --network" if fitting else "they fit no known network"
         raise ValueError(f"{path}: the weights do not fit network {name!r}; {remedy}")
+    stored = content.get("name") if isinstance(content, dict) else None
+    if stored in NETWORKS and not _same_layout(stored, name):  # rows of Table 1 differ in ways that no shape shows
+        raise ValueError(f"{path}: the checkpoint is of network {stored!r}, not {name!r}: name it with --network")
     network.load_state_dict(weights)
+
+
+def _same_layout(one: str, other: str) -> bool:
+    a, b = find_network(one), find_network(other)
+    return (a.build, a.arguments) == (b.build, b.arguments)
 
 
 def _shapes(weights: Any) -> dict[str, tuple[int, ...]]:
@@ -150,6 +160,7 @@ class TrainingState:
         evaluator: the engine that validates; its key metric decides what is best.
         folder: where the files go.
         name: registered name of the network; kept in the checkpoint.
+        datalist: the split; written beside the weights once the training starts, when every volume has been read.
         resume: continue from the checkpoint that stands in ``folder``, if there is one.
         write: whether this process writes (rank 0).
     """
@@ -162,6 +173,7 @@ class TrainingState:
         evaluator: Workflow,
         folder: str | os.PathLike[str],
         name: str,
+        datalist: Datalist,
         resume: bool = False,
         write: bool = True,
     ) -> None:
@@ -171,12 +183,14 @@ class TrainingState:
         self.evaluator = evaluator
         self.folder = Path(folder)
         self.name = name
+        self.datalist = datalist
         self.resume = resume
         self.write = write
         self.best_epoch = 0
 
     def attach(self, engine: Workflow) -> None:
         engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
 
     def started(self, engine: Workflow) -> None:
@@ -188,6 +202,16 @@ class TrainingState:
             self._restore(engine, path)
         else:
             logger.warning("resume: there is no %s yet; starting from the beginning", path)
+        if self.write:
+            write_datalist(self.datalist, self.folder)
+
+    def iteration_completed(self, engine: Workflow) -> None:
+        loss = float(engine.state.output[0]["loss"])
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at iteration {engine.state.iteration}: the training has diverged. "
+                f"The checkpoint of the last epoch is in {self.folder}; lower --learning_rate"
+            )
 
     def epoch_completed(self, engine: Workflow) -> None:
         state = self.evaluator.state
@@ -211,12 +235,13 @@ class TrainingState:
                 "best_metric": state.best_metric,
                 "best_metric_epoch": state.best_metric_epoch,
                 "random_state": random_state(),
+                "scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
             },
         )
 
     def _set_aside(self) -> None:
         """A new training must not destroy the result of the last one: it is kept under ``previous-``."""
-        for name in (CHECKPOINT_FILE, WEIGHTS_FILE):
+        for name in (CHECKPOINT_FILE, WEIGHTS_FILE, DATALIST_FILE):
             if (self.folder / name).is_file():
                 os.replace(self.folder / name, self.folder / f"previous-{name}")
                 logger.warning("%s is of an earlier training; kept as previous-%s", self.folder / name, name)
@@ -241,5 +266,7 @@ class TrainingState:
         engine.state.epoch, engine.state.iteration = checkpoint["epoch"], checkpoint["iteration"]
         self.evaluator.state.best_metric = checkpoint["best_metric"]
         self.evaluator.state.best_metric_epoch = self.best_epoch = checkpoint["best_metric_epoch"]
+        if engine.scaler is not None and checkpoint["scaler"] is not None:
+            engine.scaler.load_state_dict(checkpoint["scaler"])
         set_random_state(checkpoint["random_state"])
         logger.info("resumed from %s, epoch %d", path, checkpoint["epoch"])

@@ -43,7 +43,7 @@ def super_resolved(output: torch.Tensor) -> torch.Tensor:
 class SubjectMetrics(Metric):
     """Mean over a subject's slices of every metric, for the network and for the baselines.
 
-    Its value is the mean PSNR of the network over subjects (spec section 5: primary). ``rows`` holds one row per
+    Its value is the mean PSNR of the network over subjects (docs/data.md, metrics). ``rows`` holds one row per
     subject and method. In distributed evaluation every process ends up with the rows of all.
 
     An item of the evaluator's batch needs ``subject``, ``target (1, X, Y, S)``, ``data_range`` and

@@ -32,7 +32,7 @@ class TrainingPlan:
     val_slices: int
 
 
-# Whole slices, as in the paper. 10,000 steps are where the curves of spec section 2 have flattened.
+# Whole slices, as in the paper. 10,000 steps; not yet tuned.
 REAL_DATA = TrainingPlan(
     epochs=40,
     iterations_per_epoch=250,

@@ -1,7 +1,8 @@
-"""Parameters and multiply-adds, counted truly and as the paper counts (spec section 2, presets and budgets)."""
+"""Parameters and multiply-adds, counted truly and as the paper counts (docs/method.md, cost)."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ class Cost:
 
 def count_cost(network: nn.Module, height: int = 240, width: int = 240) -> Cost:
     """Count what one slice of ``height x width`` costs; nothing is computed, only shapes are followed."""
-    network = network.to("meta").eval()
+    network = copy.deepcopy(network).to("meta").eval()
     totals = {"module": 0, "raw": 0, "scan": 0}
 
     def count_module(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -48,7 +48,7 @@ class SS2D(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Mamba's initialisation: A = -1..-N, step sizes log-uniform in [1e-3, 1e-1] (spec section 2.5)."""
+        """Mamba's initialisation: A = -1..-N, step sizes log-uniform in [1e-3, 1e-1] (docs/method.md)."""
         channels = self.dt_proj.shape[1]
         nn.init.uniform_(self.x_proj, -(channels**-0.5), channels**-0.5)
         nn.init.uniform_(self.dt_proj, -(self.dt_rank**-0.5), self.dt_rank**-0.5)

@@ -1,6 +1,6 @@
 """Modulated deformable convolution (DCNv2), with gradients for every input.
 
-For every output position p, with p_k the kernel's taps (spec section 2, item 7; paper equation 5):
+For every output position p, with p_k the kernel's taps (paper equation 5):
 
     Y(p) = sum over k of w_k X(p + p_k + dp_k) dm_k
 """

@@ -1,6 +1,6 @@
 """The selective state-space scan of Mamba, with gradients for every input.
 
-For every batch entry, direction, channel and state (spec section 2, item 5):
+For every batch entry, direction, channel and state (docs/method.md):
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,    y_t = sum over states of C_t h_t + D u_t
 

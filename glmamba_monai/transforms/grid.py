@@ -76,7 +76,7 @@ def find_slice_axis(affine: np.ndarray, slice_axis: str | int = "auto") -> int:
 
 
 def low_resolution_size(size: int, scale: float) -> int:
-    """Matrix size ``ceil(size / scale)`` that an axis keeps in low resolution (spec section 4)."""
+    """Matrix size ``ceil(size / scale)`` that an axis keeps in low resolution (docs/data.md, preprocessing)."""
     return math.ceil(size / scale - 1e-9)  # the tolerance keeps rounding of a fractional factor from adding a line
 
 

@@ -19,7 +19,7 @@ DEFAULT_PERCENTILE = 99.9
 
 class ScaleByPercentile(Transform):
     """
-    Divide a volume by one of its percentiles, without clipping (spec section 4, "Intensity").
+    Divide a volume by one of its percentiles, without clipping (docs/data.md, preprocessing).
 
     Args:
         percentile: in percent, above 0 and at most 100, over all voxels of the volume, background included.

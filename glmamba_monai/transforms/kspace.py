@@ -6,7 +6,7 @@ effective factor, f an integer spatial frequency in cycles per field of view.
 Both transforms keep the field of view, so the centre of LR pixel i lies at the HR position r i + (r - 1) / 2.
 A spectrum that is only cropped samples the image at r i: the LR image is shifted by (r - 1) / 2 HR pixels
 against every tool that works with affines. The phase ramp exp(2 pi i f (r - 1) / (2 N)) moves the samples to
-the pixel centres (spec section 4, "half-pixel trap").
+the pixel centres (docs/method.md).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _phase_ramp(frequencies: Tensor, full: int, factor: float, like: Tensor, axi
 
 class KSpaceLowResolution(Transform):
     """
-    Low-resolution image as a scanner would give it: the centre of k-space (spec section 4).
+    Low-resolution image as a scanner would give it: the centre of k-space (docs/data.md, preprocessing).
 
     Along every axis with a factor above 1: Fourier transform, keep the central ``n = ceil(N / scale)``
     frequencies, multiply by the phase ramp that puts the LR samples onto LR pixel centres, add noise,
@@ -169,7 +169,7 @@ class KSpaceLowResolution(Transform):
 
 class KSpaceUpsample(Transform):
     """
-    Low-resolution image on the high-resolution matrix over the same field of view (spec section 2 item 1).
+    Low-resolution image on the high-resolution matrix over the same field of view (docs/method.md).
 
     Args:
         mode: ``"zero_fill"``, sinc interpolation: the spectrum is extended by zeros and the inverse phase

@@ -15,7 +15,7 @@ from nibabel import aff2axcodes
 from glmamba_monai.transforms.grid import find_slice_axis, match_grids, require_same_grid
 
 FOREGROUND_LEVEL = 0.05  # of the volume's 99.9th percentile: above the noise of a head scan, below its tissue
-MIN_FOREGROUND = 0.05  # of a slice (spec section 5)
+MIN_FOREGROUND = 0.05  # of a slice (docs/data.md, metrics)
 SLICE_AXIS_KEY = "slice_axis"
 
 
@@ -193,7 +193,7 @@ class SlicesBackd(MapTransform):
 
 
 class DataRanged(MapTransform):
-    """Record the maximum of a volume: the data range of its PSNR and SSIM (spec section 5).
+    """Record the maximum of a volume: the data range of its PSNR and SSIM (docs/data.md, metrics).
 
     Args:
         keys: the one volume.
