@@ -354,7 +354,7 @@ def test_a_disk_that_fills_while_a_training_saves(tmp_path, data, monkeypatch):
     """The earlier training is set aside, not lost, and no half file stands there as a checkpoint."""
     common = {"dataset_dir": tmp_path / "data", "output_dir": tmp_path / "results"}
     run("train", **common)
-    earlier = {n: (tmp_path / "results" / n).read_bytes() for n in ("model.pt", "checkpoint.pt")}
+    earlier = {n: (tmp_path / "results" / n).read_bytes() for n in ("model.pt", "checkpoint.pt", "datalist.json")}
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", filling_disk(torch.save))
         with pytest.raises((RuntimeError, OSError)) as error:

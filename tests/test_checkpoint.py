@@ -235,6 +235,10 @@ def test_random_generators_are_put_back(tmp_path, through_a_file):
 # --- checkpoints of a training
 
 
+TINY = {"channels": 8, "n_mamba": 1, "d_state": 2, "attention_reduction": 4, "mix_channels": 4}
+SPLIT = {"made_with": {}, "training": [], "validation": []}
+
+
 class Training:
     """A trainer and a validator of a real network, on numbers; ``psnr`` lists what each validation finds."""
 
@@ -249,8 +253,12 @@ class Training:
         self.evaluator = SimpleNamespace(
             state=SimpleNamespace(best_metric=-1, best_metric_epoch=-1, epoch=0), run=self.validate
         )
-        self.state = TrainingState(self.network, self.optimizer, self.schedule, self.evaluator, folder, name, **options)
+        self.state = TrainingState(
+            self.network, self.optimizer, self.schedule, self.evaluator, folder, name, SPLIT, **options
+        )
         self.trainer = Engine(self.step)
+        self.trainer.scaler = None
+        self.loss_factor = 1.0
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.end_of_epoch)
         self.state.attach(self.trainer)
         self.trainer.add_event_handler(Events.STARTED, lambda engine: None)
@@ -259,8 +267,10 @@ class Training:
     def step(self, engine, batch):
         self.optimizer.zero_grad()
         x = torch.rand(1, 2, 8, 8)
-        (self.network(x) - batch).square().mean().backward()
+        loss = (self.network(x) - batch).square().mean()
+        loss.backward()
         self.optimizer.step()
+        return [{"loss": loss.detach() * self.loss_factor}]
 
     def end_of_epoch(self, engine):
         self.schedule.step()
@@ -281,7 +291,7 @@ class Training:
 
 def test_the_checkpoint_is_of_the_last_epoch_and_the_weights_of_the_best(tmp_path):
     training = Training(tmp_path, psnr=(1.0, 3.0, 2.0)).run()
-    assert sorted(files_in(tmp_path)) == ["checkpoint.pt", "model.pt"]
+    assert sorted(files_in(tmp_path)) == ["checkpoint.pt", "datalist.json", "model.pt"]
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 3 and checkpoint["iteration"] == 6 and checkpoint["name"] == "srcnn"
     assert checkpoint["best_metric"] == 3.0 and checkpoint["best_metric_epoch"] == 2
@@ -345,7 +355,7 @@ def test_a_disk_that_fills_stops_with_what_was_saved_intact(tmp_path, monkeypatc
     message = str(raised.value)
     assert message.startswith(f"{tmp_path / 'full' / failing}: cannot be written")
     assert str(error) in message and "Free space or choose another output folder" in message
-    assert sorted(files_in(tmp_path / "full")) == ["checkpoint.pt", "model.pt"]
+    assert sorted(files_in(tmp_path / "full")) == ["checkpoint.pt", "datalist.json", "model.pt"]
     checkpoint = torch.load(tmp_path / "full" / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 1
     assert_same(checkpoint["network"], training.weights[1])
@@ -362,7 +372,26 @@ def test_a_full_disk_in_the_first_epoch_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", FullDisk(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="cannot be written"):
         Training(tmp_path).run()
-    assert files_in(tmp_path) == {}
+    assert list(files_in(tmp_path)) == ["datalist.json"]
+
+
+def test_a_training_that_diverges_stops_and_keeps_what_it_had(tmp_path):
+    Training(tmp_path, epochs=1).run()
+    saved = files_in(tmp_path)
+    diverging = Training(tmp_path, epochs=2, resume=True)
+    diverging.loss_factor = float("nan")
+    with pytest.raises(ValueError, match=r"the loss is nan at iteration .* lower --learning_rate"):
+        diverging.run()
+    assert files_in(tmp_path) == saved
+
+
+def test_a_checkpoint_of_another_row_of_table_1_is_refused_though_every_shape_fits(tmp_path):
+    network = build_network("table1_lr_local", **TINY)
+    torch.save({"name": "table1_lr_local", "network": network.state_dict()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="is of network 'table1_lr_local', not 'table1_lr_global'"):
+        load_weights(build_network("table1_lr_global", **TINY), tmp_path / "checkpoint.pt", "table1_lr_global")
+    torch.save({"name": "table1_fusion", "network": network.state_dict()}, tmp_path / "same.pt")
+    load_weights(network, tmp_path / "same.pt", "glmamba")  # one layout under two names
 
 
 def test_a_new_training_sets_the_last_one_aside(tmp_path, caplog):
