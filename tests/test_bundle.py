@@ -337,21 +337,28 @@ def test_the_bundle_is_found_from_anywhere(tmp_path, monkeypatch):
     assert Path(locate_bundle()) == BUNDLE
 
 
-def test_from_an_unrelated_folder(dataset_dir, results, tmp_path):
-    """The command as users type it, all three configs, nothing left where it was started."""
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
+@pytest.mark.parametrize(
+    ("start", "configs"),
+    [(BUNDLE.parent, "bundle/configs"), (BUNDLE, "configs"), (None, str(CONFIGS))],
+    ids=["repository", "bundle", "elsewhere"],
+)
+def test_the_commands_as_typed_from_any_folder(dataset_dir, results, tmp_path, start, configs):
+    """All three configs, each in a process of its own; nothing is left where it was started."""
+    folder = tmp_path / "elsewhere" if start is None else start
+    folder.mkdir(exist_ok=True)
+    before = sorted(folder.iterdir())
     common = options(dataset_dir=dataset_dir, network="srcnn_ref")
     short = options(**{k: v for k, v in SHORT.items() if k != "network"}, output_dir=results)
     weights = options(weights=results / "model.pt", output_dir=tmp_path / "sr", scale=1, reference="t1")
+    both = f"['{configs}/train.json','{configs}/evaluate.json']"
     for arguments in (
-        ["training", "--config_file", TRAIN, *common, *short],
-        ["evaluating", "--config_file", f"['{TRAIN}','{EVALUATE}']", *common, *options(output_dir=results)],
-        ["inferring", "--config_file", INFERENCE, *common, *weights],
+        ["training", "--config_file", f"{configs}/train.json", *common, *short],
+        ["evaluating", "--config_file", both, *common, *options(output_dir=results)],
+        ["inferring", "--config_file", f"{configs}/inference.json", *common, *weights],
     ):
         done = subprocess.run(**command_line(*arguments, folder=folder), check=False)
         assert done.returncode == 0, done.stdout[-3000:]
-    assert list(folder.iterdir()) == []
+    assert sorted(folder.iterdir()) == before
     assert (results / "summary.json").is_file()
     assert len(list((tmp_path / "sr").iterdir())) == 4
 
