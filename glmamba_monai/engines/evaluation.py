@@ -19,8 +19,6 @@ from ignite.metrics import Metric
 from glmamba_monai.files import write_atomically, write_json
 from glmamba_monai.metrics import CONVENTIONS, slice_metrics
 
-logger = logging.getLogger(__name__)
-
 Row = dict[str, Any]
 BASELINES = ("zero_filling", "bicubic")
 METRICS_FILE, SUMMARY_FILE = "metrics.csv", "summary.json"
