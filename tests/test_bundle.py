@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from monai.bundle import ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+from monai.engines import SupervisedTrainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmamba_monai.bundle import locate_bundle
-from glmamba_monai.engines import load_weights
+from glmamba_monai.engines import SliceTrainer, load_weights, stacked_items, super_resolved_items
 from glmamba_monai.inference import root_cause
 from glmamba_monai.networks import build_network
 
@@ -107,8 +109,12 @@ def test_tensorboard_shows_pictures_and_curves(dataset_dir, results):
     events = EventAccumulator(str(results / "tensorboard")).Reload()
     pictures = {"target", "zero_filling", "super_resolved", "zero_filling_error_x5", "super_resolved_error_x5"}
     assert {f"validation/{name}" for name in pictures} <= set(events.Tags()["images"])
-    assert {"train_loss", "val_psnr"} <= set(events.Tags()["scalars"])
+    assert {"train_loss", "epoch_loss", "train_psnr", "val_psnr"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("val_psnr")][:2] == [1, 2]
+    losses = {e.step: e.value for e in events.Scalars("train_loss")}  # of every iteration, read together
+    assert list(losses) == [1, 2, 3, 4, 5, 6] and len(set(losses.values())) == 6
+    means = [e.value for e in events.Scalars("epoch_loss")]
+    assert means == pytest.approx([np.mean([losses[i] for i in epoch]) for epoch in ((1, 2, 3), (4, 5, 6))], rel=1e-5)
 
 
 def test_glmamba_learns_the_phantom_like_data(dataset_dir, results):
@@ -156,6 +162,93 @@ def test_a_network_without_parameters_is_evaluated_but_not_trained(dataset_dir, 
     evaluation.run()
     rows = list(csv.DictReader((results / "metrics.csv").open()))
     assert [r["method"] for r in rows] == ["zero_filling", "bicubic"]
+
+
+class ValuesRead(TorchDispatchMode):
+    """Counts how often a number is read out of a tensor. On a GPU each time is a wait for everything before it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_iteration_waits_for_a_value(dataset_dir, results):
+    """As many values are read in an epoch of nine steps as in one of three."""
+    counts = []
+    for iterations in (3, 9):
+        # Adam counts its steps in tensors of the CPU, whatever the device of the weights.
+        sgd = {"_target_": "torch.optim.SGD", "params": "$@train_net.parameters()", "lr": 1e-3}
+        with ValuesRead() as read:
+            train(dataset_dir, results, optimizer=sgd, iterations_per_epoch=iterations, epochs=1)
+        counts.append(read.count)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "expected"), [(True, "cuda", True), (True, "cpu", False), (False, "cuda", False)]
+)
+def test_amp_is_bfloat16_and_for_gpus(amp, device, expected):
+    parser = ConfigParser()
+    parser.read_config(TRAIN)
+    parser.update({"amp": amp, "device": f"$torch.device('{device}')"})
+    assert parser.get_parsed_content("autocast") is expected
+    assert parser.get_parsed_content("autocast_options") == {"dtype": torch.bfloat16}
+    for engine in ("train#trainer", "validate#evaluator"):
+        assert (parser[engine]["amp"], parser[engine]["amp_kwargs"]) == ("@autocast", "@autocast_options")
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_gradients_are_not_scaled():
+    """MONAI's amp without its scaler; where there is no CUDA there is no autocast, so the steps must be the same."""
+    weights = {}
+    for trainer, amp in ((SupervisedTrainer, False), (SliceTrainer, False), (SliceTrainer, True)):
+        torch.manual_seed(0)
+        network = torch.nn.Conv2d(2, 2, 3, padding=1)
+        batches = [{"image": torch.rand(2, 2, 8, 8), "label": torch.rand(2, 2, 8, 8)} for _ in range(3)]
+        made = trainer(
+            device=torch.device("cpu"),
+            max_epochs=2,
+            train_data_loader=batches,
+            network=network,
+            optimizer=torch.optim.Adam(network.parameters(), lr=0.01),
+            loss_function=torch.nn.MSELoss(),
+            amp=amp,
+            amp_kwargs={"dtype": torch.bfloat16},
+        )
+        made.run()
+        assert made.scaler is None or not made.scaler.is_enabled()
+        weights[trainer, amp] = network.weight.detach()
+        item = made.state.output[0]
+        assert len(made.state.output) == 2 and item["pred"].shape == (2, 8, 8) and not item["pred"].requires_grad
+    first, *others = weights.values()
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_items_become_batches_again():
+    pred, label = torch.rand(3, 2, 5, 6), torch.rand(3, 2, 5, 6)
+    items = [
+        super_resolved_items({"image": i, "pred": p.bfloat16(), "label": y})
+        for i, (p, y) in enumerate(zip(pred, label))
+    ]
+    found = stacked_items(items)
+    assert [x.dtype for x in found] == [torch.float32] * 2
+    assert torch.equal(found[0], pred.bfloat16()[:, :1].float()) and torch.equal(found[1], label[:, :1])
+    assert [item["image"] for item in items] == [0, 1, 2]
+
+
+def test_the_throughput_of_a_training_is_compared_with_its_bare_step(dataset_dir, tmp_path):
+    script = BUNDLE.parent / "benchmarks" / "training_throughput.py"
+    arguments = options(
+        network="srcnn_ref", batch=2, epochs=2, iterations=2, amp=True, crop_size=16, dataset_dir=dataset_dir
+    )
+    command = {**command_line(folder=tmp_path), "args": [sys.executable, str(script), *arguments]}
+    done = subprocess.run(**command, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "srcnn_ref, batch (2, 2, 16, 16), float32" in done.stdout
+    values = [float(v) for v in re.findall(r"^\| [^|]+ \| ([\d.]+) \|", done.stdout, re.MULTILINE)]
+    assert len(values) == 3 and values[2] == pytest.approx(values[1] / values[0], abs=0.02)
 
 
 # --- Crash and resume ---

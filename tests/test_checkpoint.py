@@ -13,7 +13,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 
-from glmamba_monai.engines import TrainingState, WeightsLoader, find_weights, load_weights
+from glmamba_monai.engines import LossCurve, TrainingState, WeightsLoader, find_weights, load_weights
 from glmamba_monai.engines.checkpoint import random_state, read_checkpoint, set_random_state
 from glmamba_monai.networks import build_network
 
@@ -257,8 +257,8 @@ class Training:
             self.network, self.optimizer, self.schedule, self.evaluator, folder, name, SPLIT, **options
         )
         self.trainer = Engine(self.step)
-        self.trainer.scaler = None
         self.loss_factor = 1.0
+        LossCurve(None).attach(self.trainer)
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.end_of_epoch)
         self.state.attach(self.trainer)
         self.trainer.add_event_handler(Events.STARTED, lambda engine: None)
@@ -380,9 +380,21 @@ def test_a_training_that_diverges_stops_and_keeps_what_it_had(tmp_path):
     saved = files_in(tmp_path)
     diverging = Training(tmp_path, epochs=2, resume=True)
     diverging.loss_factor = float("nan")
-    with pytest.raises(ValueError, match=r"the loss is nan at iteration .* lower --learning_rate"):
+    with pytest.raises(ValueError, match=r"the loss is nan at iteration 3: .* lower --learning_rate"):
         diverging.run()
-    assert files_in(tmp_path) == saved
+    assert files_in(tmp_path) == saved and diverging.validated == []
+
+
+def test_losses_are_read_together_and_the_bad_one_is_named(monkeypatch):
+    monkeypatch.setattr(LossCurve, "INTERVAL", 3)
+    losses = [[1.0, 2.0, 4.0, 8.0], [3.0, 5.0, 1.0, float("inf")]]
+    engine = Engine(lambda engine, batch: [{"loss": torch.tensor(losses[engine.state.epoch - 1][batch])}])
+    LossCurve(None).attach(engine)
+    means = []
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: means.append(e.state.metrics["epoch_loss"]))
+    with pytest.raises(ValueError, match="the loss is inf at iteration 8: the training has diverged"):
+        engine.run(range(4), max_epochs=2)
+    assert means == [3.75]
 
 
 def test_a_checkpoint_of_another_row_of_table_1_is_refused_though_every_shape_fits(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -10,11 +11,20 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
-from monai.data import DataLoader, Dataset, MetaTensor
+from monai.data import Dataset, MetaTensor
 from monai.data.utils import pad_list_data_collate
 from monai.transforms import Compose, Transform
 
-from glmamba_monai.data import SliceDataset, SliceDraw, SliceSampler, batch_of_rank, share_of_rank, volume_dataset
+from glmamba_monai.data import (
+    BackgroundDataLoader,
+    SliceDataset,
+    SliceDraw,
+    SliceSampler,
+    batch_of_rank,
+    collate_slices,
+    share_of_rank,
+    volume_dataset,
+)
 from glmamba_monai.transforms import KSpaceLowResolutiond, LoadVolumed, PairOnGridd
 
 CONFIG = Path(__file__).parent.parent / "bundle" / "configs" / "train.json"
@@ -65,6 +75,27 @@ def test_volumes_in_memory_are_prepared_once(cached):
     for _ in range(3):
         assert [v["image"].mean().item() for v in volumes] == [0, 1, 2, 3]
     assert Count.calls == (4 if cached else 2 + 3 * 2)
+
+
+@pytest.mark.parametrize("cache_rate", [0.0, 0.5, 1.0])
+def test_volumes_on_disk_are_prepared_once(tmp_path, cache_rate):
+    Count.calls = 0
+    for _ in range(2):  # runs
+        items = [{"number": i} for i in range(4)]
+        volumes = volume_dataset(items, Compose([Count()]), cache_dir=tmp_path, cache_rate=cache_rate)
+        for _ in range(3):
+            assert [v["image"].mean().item() for v in volumes] == [0, 1, 2, 3]
+    assert Count.calls == 4
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_slice_of_a_volume_lies_in_one_piece(tmp_path, on_disk):
+    volumes = volume_dataset([{"number": 3}], Compose([_ToVolume()]), cache_dir=tmp_path if on_disk else None)
+    for _ in range(2):  # as prepared, as read
+        for key, expected in volume(seed=3).items():
+            found = volumes[0][key]
+            assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+            assert found[..., 1].is_contiguous()
 
 
 def prepared(files, cache_dir, scale):
@@ -235,7 +266,7 @@ def test_the_cached_volumes_stay_as_they_are():
     before = [{k: volumes[i][k].clone() for k in ("image", "target")} for i in range(2)]
     slices = SliceDataset(volumes, augmentation())
     for draw in plan(2, 40)[0]:
-        for value in pad_list_data_collate([slices[draw]]).values():
+        for value in collate_slices([slices[draw]]).values():
             value += 1  # as an in-place operation of a training step might
     for i in range(2):
         for key, value in before[i].items():
@@ -251,14 +282,16 @@ def batches(volumes, num_workers, crop_size, draws=24, batch_size=4):
     slices = SliceDataset(Dataset(volumes), augmentation(crop_size))
     sampler = SliceSampler(slices.data, draws, seed=2)
     sampler.set_epoch(3)
-    loader = DataLoader(
+    loader = BackgroundDataLoader(
         slices,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=pad_list_data_collate,
+        collate_fn=collate_slices,
     )
-    return list(loader)
+    result = list(loader)
+    sampler.set_epoch(4)
+    return result + list(loader)
 
 
 @pytest.mark.parametrize("crop_size", [None, 16])
@@ -268,7 +301,8 @@ def test_workers_make_the_same_batches(crop_size):
     expected = batches(volumes, 0, crop_size)
     torch.manual_seed(1)
     found = batches(volumes, 2, crop_size)
-    assert len(expected) == len(found) == 6
+    assert len(expected) == len(found) == 12
+    assert not torch.equal(expected[0]["image"], expected[6]["image"])
     for a, b in zip(expected, found):
         assert a.keys() == b.keys() == {"image", "target"}
         for key in a:
@@ -278,11 +312,56 @@ def test_workers_make_the_same_batches(crop_size):
 def test_whole_slices_of_different_sizes_are_padded_to_one():
     shapes = [(20, 24, 3), (17, 30, 3), (28, 19, 3)]
     for batch in batches([volume(shape, seed=i) for i, shape in enumerate(shapes)], 0, None, batch_size=8):
-        image, target = (torch.as_tensor(batch[k]) for k in ("image", "target"))
+        image, target = batch["image"], batch["target"]
+        assert type(image) is type(target) is torch.Tensor
         assert image.shape == (8, 2, *target.shape[2:]) and target.shape[:2] == (8, 1)
         assert torch.equal(image[:, :1], target) and torch.equal(image[:, 1:], target)
         sizes = sorted(int((t > 0).sum()) for t in target)
         assert set(sizes) <= {np.prod(s[:2]) for s in shapes}  # nothing is cut off
+
+
+@pytest.mark.parametrize("sizes", [[(6, 7), (6, 7)], [(6, 7), (9, 7), (6, 4)], [(5, 8), (8, 5)]])
+def test_batches_are_those_of_monai(sizes):
+    items = [{"image": torch.rand(2, *size), "target": torch.rand(1, *size)} for size in sizes]
+    found = collate_slices(items)
+    expected = pad_list_data_collate([dict(item) for item in items])
+    for key in ("image", "target"):
+        assert torch.equal(found[key], torch.as_tensor(expected[key]).as_subclass(torch.Tensor))
+
+
+class Recorded:
+    """Numbers, the third of which may be bad; tells when one has been made."""
+
+    def __init__(self, bad=None):
+        self.bad = bad
+        self.made = [threading.Event() for _ in range(4)]
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == self.bad:
+            raise OSError("volume 2 has gone")
+        self.made[index].set()
+        return torch.tensor(index)
+
+
+def test_the_next_batch_is_made_while_one_is_in_use():
+    numbers = Recorded()
+    batches = iter(BackgroundDataLoader(numbers, batch_size=1))
+    for index in range(4):
+        assert next(batches).tolist() == [index]
+        assert all(made.wait(30) for made in numbers.made[: index + 2])
+        assert not any(made.is_set() for made in numbers.made[index + 2 :])  # and no more than that one
+    assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_slice_that_cannot_be_made_ends_the_training(num_workers):
+    batches = iter(BackgroundDataLoader(Recorded(bad=2), batch_size=1, num_workers=num_workers))
+    assert [next(batches).tolist(), next(batches).tolist()] == [[0], [1]]
+    with pytest.raises(OSError, match="volume 2 has gone"):
+        next(batches)
 
 
 # --- ranks in evaluation

@@ -8,10 +8,13 @@ from glmamba_monai.data.datalist import (
     write_datalist,
 )
 from glmamba_monai.data.dataset import (
+    BackgroundDataLoader,
+    RandOrientedCropd,
     SliceDataset,
     SliceDraw,
     SliceSampler,
     batch_of_rank,
+    collate_slices,
     share_of_rank,
     volume_dataset,
 )
@@ -20,10 +23,13 @@ from glmamba_monai.data.phantom import demo_data, write_demo_data
 
 __all__ = [
     "LAYOUTS",
+    "BackgroundDataLoader",
+    "RandOrientedCropd",
     "SliceDataset",
     "SliceDraw",
     "SliceSampler",
     "batch_of_rank",
+    "collate_slices",
     "dataset_or_demo",
     "demo_data",
     "evaluation_items",

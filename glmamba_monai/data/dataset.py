@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.data import CacheDataset, Dataset, MetaTensor, PersistentDataset
+import torch.nn.functional as F
+from monai.config import KeysCollection
+from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset
 from monai.data.utils import pickle_hashing
+from monai.transforms import Compose, MapTransform, Randomizable, Transform
 from torch.utils.data import DistributedSampler
 
 SLICE_KEYS = ("image", "target")  # what a training slice consists of
@@ -21,19 +25,51 @@ def volume_dataset(
     cache_dir: str | os.PathLike[str] | None = None,
     cache_rate: float = 1.0,
 ) -> Dataset:
-    """Volumes after their deterministic transforms, each prepared once.
+    """Volumes after their deterministic transforms, each prepared once; see :class:`SliceMajor` for their layout.
 
     Args:
         data: items of a datalist.
         transform: deterministic transforms.
-        cache_dir: keep the prepared volumes in this folder, across runs; None keeps them in memory.
-        cache_rate: share of the volumes to keep in memory.
+        cache_dir: keep the prepared volumes in this folder, across runs. They are mapped into memory, where the
+            system keeps as many of them as fit; so this is the way for data larger than the memory.
+        cache_rate: share of the volumes to keep at hand: in memory, or mapped. The others are prepared (or mapped)
+            whenever they are asked for.
     """
+    transform = Compose([transform, SliceMajor()]).flatten()  # a Compose inside a Compose passes for random
     if cache_dir is not None:
-        # Without the hash, volumes prepared for one scale would be taken for those of another.
-        return PersistentDataset(data, transform, cache_dir=cache_dir, hash_transform=pickle_hashing)
+        data, transform = _MappedDataset(data, transform, cache_dir), Compose([])
     # Nothing after the cache changes a cached volume in place, so it need not be copied at every access.
-    return CacheDataset(data, transform, cache_rate=cache_rate, num_workers=None, copy_cache=False)
+    return CacheDataset(data, transform, cache_rate=cache_rate, num_workers=None, copy_cache=False, as_contiguous=False)
+
+
+class SliceMajor(Transform):
+    """Stores each slice of a volume in one piece, in place of one value of every slice beside the other.
+
+    Shapes stay as they are. A slice ``volume[..., i]`` of ``(C, X, Y, S)`` is then read forty times faster, and reads
+    from a mapped file what it needs and no more.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {
+            key: value.movedim(-1, 0).contiguous().movedim(0, -1)
+            if isinstance(value, torch.Tensor) and value.dim() == 4
+            else value
+            for key, value in data.items()
+        }
+
+
+class _MappedDataset(PersistentDataset):
+    """Prepared volumes in files, which are mapped into memory instead of being read from end to end."""
+
+    def __init__(self, data: Sequence[Any], transform: Callable[..., Any], cache_dir: str | os.PathLike[str]) -> None:
+        # Without the hash, volumes prepared for one scale would be taken for those of another.
+        super().__init__(data, transform, cache_dir=cache_dir, hash_transform=pickle_hashing)
+
+    def _cachecheck(self, item_transformed: Any) -> Any:
+        file = self.cache_dir / f"{self.hash_func(item_transformed).decode()}{self.transform_hash}.pt"
+        if not file.is_file():
+            super()._cachecheck(item_transformed)  # prepares it and writes this file
+        return torch.load(file, weights_only=True, mmap=True)
 
 
 class SliceDraw(NamedTuple):
@@ -75,6 +111,36 @@ class SliceSampler(DistributedSampler):
         return (SliceDraw(int(drawn[i]), float(positions[i]), int(seeds[i])) for i in order)
 
 
+class RandOrientedCropd(Randomizable, MapTransform):
+    """A random window of a slice in a random one of the eight orientations of its grid, the same for every key.
+
+    What ``SpatialPadd``, ``RandSpatialCropd``, ``RandFlipd`` and ``RandRotate90d`` do together. Those took 3.4 ms a
+    slice of 240x240, most of it to record affine and operations, which nobody reads; this takes 0.4 ms.
+
+    Args:
+        keys: images ``(C, X, Y)`` of one size.
+        crop_size: side of the square window in pixels, smaller slices being padded with zeros on both sides; None for
+            the whole slice.
+    """
+
+    def __init__(self, keys: KeysCollection, crop_size: int | None = None) -> None:
+        super().__init__(keys)
+        self.crop_size = crop_size
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        result = dict(data)
+        size = data[self.keys[0]].shape[1:]
+        window = size if self.crop_size is None else (self.crop_size, self.crop_size)
+        start = [self.R.randint(max(n - w, 0) + 1) for n, w in zip(size, window)]
+        orientation = self.R.randint(8)
+        flipped = [axis for axis in (1, 2) if orientation & axis]
+        for key in self.keys:
+            image = data[key][:, start[0] : start[0] + window[0], start[1] : start[1] + window[1]]
+            image = _padded(image, window).flip(flipped)
+            result[key] = image.transpose(1, 2) if orientation & 4 else image
+        return result
+
+
 class SliceDataset(Dataset):
     """Random slices of prepared volumes, augmented.
 
@@ -97,6 +163,39 @@ class SliceDataset(Dataset):
 def _plain(image: torch.Tensor) -> torch.Tensor:
     """Without meta: a training slice has no place in the world, and collating meta costs more than the slice."""
     return image.as_tensor() if isinstance(image, MetaTensor) else image
+
+
+def _padded(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """``(C, X, Y)`` with zeros on both sides, up to a size."""
+    pad = [(n - m) // 2 for n, m in zip(size, image.shape[1:])]
+    after = [n - m - p for n, m, p in zip(size, image.shape[1:], pad)]
+    return F.pad(image, (pad[1], after[1], pad[0], after[0])) if any(pad + after) else image
+
+
+def collate_slices(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Slices as a batch, the smaller ones padded with zeros on both sides.
+
+    MONAI's ``pad_list_data_collate`` does this, too, but returns what it has padded as ``MetaTensor``, with which every
+    operation of the network takes longer.
+    """
+    size = [max(item[SLICE_KEYS[0]].shape[axis] for item in items) for axis in (1, 2)]
+    return {key: torch.stack([_padded(item[key], size) for item in items]) for key in SLICE_KEYS}
+
+
+class BackgroundDataLoader(DataLoader):
+    """MONAI's DataLoader with the next batch being made, and pinned, in a thread while the last one is in use.
+
+    MONAI's ``ThreadDataLoader`` does this, too, but where a slice cannot be made it ends the epoch without a word; here
+    the error arrives.
+    """
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        batches = super().__iter__()
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = thread.submit(next, batches, None)
+                yield batch
 
 
 def batch_of_rank(batch_size: int, num_replicas: int = 1) -> int:

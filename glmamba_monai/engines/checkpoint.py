@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 from pathlib import Path
@@ -190,7 +189,6 @@ class TrainingState:
 
     def attach(self, engine: Workflow) -> None:
         engine.add_event_handler(Events.STARTED, self.started)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
 
     def started(self, engine: Workflow) -> None:
@@ -204,14 +202,6 @@ class TrainingState:
             logger.warning("resume: there is no %s yet; starting from the beginning", path)
         if self.write:
             write_datalist(self.datalist, self.folder)
-
-    def iteration_completed(self, engine: Workflow) -> None:
-        loss = float(engine.state.output[0]["loss"])
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at iteration {engine.state.iteration}: the training has diverged. "
-                f"The checkpoint of the last epoch is in {self.folder}; lower --learning_rate"
-            )
 
     def epoch_completed(self, engine: Workflow) -> None:
         state = self.evaluator.state
@@ -235,7 +225,6 @@ class TrainingState:
                 "best_metric": state.best_metric,
                 "best_metric_epoch": state.best_metric_epoch,
                 "random_state": random_state(),
-                "scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
             },
         )
 
@@ -266,7 +255,5 @@ class TrainingState:
         engine.state.epoch, engine.state.iteration = checkpoint["epoch"], checkpoint["iteration"]
         self.evaluator.state.best_metric = checkpoint["best_metric"]
         self.evaluator.state.best_metric_epoch = self.best_epoch = checkpoint["best_metric_epoch"]
-        if engine.scaler is not None and checkpoint["scaler"] is not None:
-            engine.scaler.load_state_dict(checkpoint["scaler"])
         set_random_state(checkpoint["random_state"])
         logger.info("resumed from %s, epoch %d", path, checkpoint["epoch"])

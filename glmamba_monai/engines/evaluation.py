@@ -27,8 +27,11 @@ def prepare_batch(
     batch: Mapping[str, torch.Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Input ``(B, 2, ...)`` of the network, and what it should return: target and reference, ``(B, 2, ...)``."""
-    image = batch["image"].to(device=device, non_blocking=non_blocking, **kwargs)
-    target = batch["target"].to(device=device, non_blocking=non_blocking, **kwargs)
+    # As plain tensors: with a MetaTensor every operation of the network takes longer.
+    image, target = (
+        batch[key].as_subclass(torch.Tensor).to(device=device, non_blocking=non_blocking, **kwargs)
+        for key in ("image", "target")
+    )
     return image, torch.cat((target, image[:, 1:2]), dim=1)
 
 
@@ -65,7 +68,8 @@ class SubjectMetrics(Metric):
 
     def update(self, output: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
         item, result = output
-        target = _slices(item["target"])
+        # Where the network has computed: on a CPU, SSIM alone would take longer than the network on a GPU.
+        target = _slices(item["target"]).to(result["pred"].device)
         mask = target > float(item["foreground_level"])
         for method in dict.fromkeys((*BASELINES, self.network)):
             volume = result["pred"] if method == self.network else item[method]

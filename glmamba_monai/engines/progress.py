@@ -1,7 +1,8 @@
-"""What a training shows: a line per epoch, pictures for TensorBoard, a table at the end."""
+"""What a training shows: its loss, a line per epoch, pictures for TensorBoard, a table at the end."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -17,8 +18,61 @@ from glmamba_monai.engines.checkpoint import WEIGHTS_FILE, load_weights
 from glmamba_monai.engines.evaluation import SubjectMetrics, format_table
 
 
+class LossCurve:
+    """TensorBoard's curve of the loss, the mean of every epoch, and the end of a training that diverges.
+
+    To read a loss is to wait for the GPU, which in turn waits for what it is to do next. So the losses stay where they
+    are and are read together, every :data:`INTERVAL` iterations and at the end of an epoch. Its mean becomes the metric
+    ``epoch_loss``; with the last loss, all work of the epoch is done when its time is taken.
+
+    Attach it before the validation, which a training that has diverged need not reach.
+
+    Args:
+        folder: TensorBoard's log folder; None for no curve (ranks above 0).
+    """
+
+    INTERVAL = 50
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self.writer = None if folder is None else SummaryWriter(str(folder))
+
+    def attach(self, engine: Workflow) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+
+    def epoch_started(self, engine: Workflow) -> None:
+        self.unread: list[torch.Tensor] = []
+        self.total = 0.0
+
+    def iteration_completed(self, engine: Workflow) -> None:
+        state = engine.state
+        self.unread.append(state.output[0]["loss"])
+        of_epoch = (state.iteration - 1) % state.epoch_length + 1
+        if of_epoch % self.INTERVAL == 0 or of_epoch == state.epoch_length:
+            self._read(state.iteration)
+            state.metrics["epoch_loss"] = self.total / of_epoch
+
+    def _read(self, last_iteration: int) -> None:
+        losses = torch.stack(self.unread).tolist()
+        self.unread = []
+        for iteration, loss in enumerate(losses, last_iteration - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss} at iteration {iteration}: the training has diverged. "
+                    "checkpoint.pt is of the last whole epoch; lower --learning_rate"
+                )
+            if self.writer is not None:
+                self.writer.add_scalar("train_loss", loss, iteration)
+        if self.writer is not None:
+            self.writer.flush()
+        self.total += sum(losses)
+
+
 class EpochLine:
-    """Prints a line per epoch: loss, PSNR, images per second, time left. Attach it after the validation."""
+    """Prints a line per epoch: loss, PSNR, images per second of training alone, time left.
+
+    Attach it after :class:`LossCurve` and the validation.
+    """
 
     def __init__(self, evaluator: Workflow) -> None:
         self.evaluator = evaluator
@@ -34,11 +88,9 @@ class EpochLine:
         self.epochs_done = 0  # by this process: a resumed training starts later
 
     def epoch_started(self, engine: Workflow) -> None:
-        self.losses: list[float] = []
         self.images = 0
 
     def iteration_completed(self, engine: Workflow) -> None:
-        self.losses.append(float(engine.state.output[0]["loss"]))
         self.images += len(engine.state.batch)
 
     def epoch_completed(self, engine: Workflow) -> None:
@@ -46,7 +98,7 @@ class EpochLine:
         seconds = state.times[Events.EPOCH_COMPLETED.name]  # of the steps alone, without validation
         parts = [
             f"epoch {state.epoch}/{state.max_epochs}",
-            f"loss {sum(self.losses) / len(self.losses):.4f}",
+            f"loss {state.metrics['epoch_loss']:.4f}",
             f"train PSNR {state.metrics['train_psnr']:.2f} dB",
         ]
         if validation.epoch == state.epoch:
