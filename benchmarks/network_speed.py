@@ -1,75 +1,130 @@
-"""Seconds a slice of every network, against one plain 3x3 convolution of 96 to 96 channels measured in the same run.
+"""Networks against themselves on mamba-ssm and torchvision, and against plain convolutions of as many multiply-adds.
 
+python benchmarks/network_speed.py --device cuda --batch 1,4,32
 python benchmarks/network_speed.py --device cpu --threads 2
-python benchmarks/network_speed.py --device cuda --batch 4 --runs 20
 """
 
 from __future__ import annotations
 
-import platform
-import statistics
 from collections.abc import Callable
-from datetime import date
+from contextlib import nullcontext
 
 import fire
 import torch
+from timing import (
+    Stopwatch,
+    Training,
+    allow_tf32,
+    forced,
+    milliseconds,
+    names,
+    numbers,
+    print_heading,
+    print_row,
+    print_table,
+    ratio,
+    reference_backends,
+)
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from glmamba_monai.losses import GLMambaLoss
 from glmamba_monai.networks import build_network
-from glmamba_monai.ops import format_backend_report
+from glmamba_monai.networks.cost import count_cost
+
+CHANNELS, DEPTH = 96, 4  # of the plain convolutions
 
 
-def median_seconds(call: Callable[[], object], runs: int, threads: int) -> float:
-    """Median over ``runs`` calls, after one to warm up; waits for the GPU."""
-    timer = Timer("call()", globals={"call": call}, num_threads=threads)
-    timer.timeit(1)
-    return statistics.median(timer.timeit(1).mean for _ in range(runs))
+def plain_convolutions(batch: int, size: int, bf16: bool, channels_last: bool, device: str) -> Training:
+    """A stack of 3x3 convolutions; its batch wants a gradient, so that the first layer does as much as the others."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    stack = nn.Sequential(*(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(DEPTH)))
+    features = torch.rand(batch, CHANNELS, size, size, device=device).to(memory_format=layout).requires_grad_()
+    return Training(stack.to(device, memory_format=layout), lambda y, _: y.square().mean(), features, bf16)
+
+
+def plain_macs(size: int) -> int:
+    """Multiply-adds of :func:`plain_convolutions` for one slice."""
+    return DEPTH * 9 * CHANNELS**2 * size**2
+
+
+def network_training(name: str, batch: int, size: int, bf16: bool, device: str) -> Training:
+    """A registered network with its loss and a batch of random slices."""
+    slices = torch.rand(batch, 2, size, size, device=device)
+    return Training(build_network(name).to(device), GLMambaLoss().to(device), slices, bf16)
+
+
+def print_speed(stopwatch: Stopwatch, network_names: list[str], batches: list[int], size: int) -> None:
+    """Milliseconds a slice, forward and training step."""
+    device = stopwatch.device
+    reference, modules = reference_backends(device)
+    compared = [f"on {reference} (ms, over it)"] if reference else []
+    print_table("ms a slice", "pass", "here", *compared, "convolutions of as many multiply-adds (ms, here over them)")
+    for batch in batches:
+        for bf16 in (False, True) if device == "cuda" else (False,):
+            for name in network_names:
+                share = count_cost(build_network(name), size, size).macs / plain_macs(size)
+                training = network_training(name, batch, size, bf16, device)
+                stacks = [plain_convolutions(batch, size, bf16, last, device) for last in (False, True)]
+                for label in ("forward", "step"):
+                    calls: dict[str, Callable[[], object]] = {"here": getattr(training, label)}
+                    if reference:
+                        calls["reference"] = forced(modules)(calls["here"])
+                    calls |= {f"plain {i}": getattr(stack, label) for i, stack in enumerate(stacks)}
+                    times = {key: seconds / batch for key, seconds in stopwatch.medians(calls).items()}
+                    here, plain = times["here"], share * min(times["plain 0"], times["plain 1"])
+                    cells = (
+                        [f"{milliseconds(times['reference'])} ({ratio(times['reference'], here)})"] if reference else []
+                    )
+                    cells.append(f"{milliseconds(plain)} ({ratio(here, plain)})")
+                    title = f"{name}, batch {batch}, {'bf16 autocast' if bf16 else 'fp32'}"
+                    print_row(title, "training step" if label == "step" else label, milliseconds(here), *cells)
+
+
+def print_memory(network_names: list[str], batches: list[int], size: int) -> None:
+    """Gigabytes of a training step on the GPU."""
+    reference, modules = reference_backends("cuda")
+    columns = ["peak (GB)", "kept by the forward pass (GB)"]
+    on_reference = [f"on {reference}: {column}" for column in columns] if reference else []
+    print_table("memory of a training step", *columns, *on_reference)
+    for batch in batches:
+        for bf16 in (False, True):
+            for name in network_names:
+                cells: list[str] = []
+                for context in (nullcontext(), *([forced(modules)] if reference else [])):
+                    with context:
+                        used = network_training(name, batch, size, bf16, "cuda").memory()
+                    cells += [f"{value / 1e9:.2f}" for value in used]
+                print_row(f"{name}, batch {batch}, {'bf16 autocast' if bf16 else 'fp32'}", *cells)
 
 
 def main(
     networks: str = "glmamba,glmamba_light,srcnn_ref",
+    batch: int | tuple[int, ...] | None = None,
     size: int = 240,
-    batch: int = 1,
-    runs: int = 5,
+    seconds: float = 0.5,
     threads: int = torch.get_num_threads(),
     device: str = "cpu",
 ) -> None:
-    """Print a Markdown table.
+    """Print Markdown tables.
 
     Args:
         networks: registered names, separated by commas.
+        batch: slices at once, one or several numbers; 4 on cuda, 1 on cpu by default.
         size: side of the square slice in pixels.
-        batch: slices at once.
-        runs: timed calls; the median counts.
+        seconds: time spent on each figure.
         threads: CPU threads.
         device: cpu or cuda.
     """
-    networks = networks if isinstance(networks, str) else ",".join(networks)
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} threads"
-    print(f"{date.today()}, {machine}, torch {torch.__version__}, {size}x{size}, batch {batch}, median of {runs}")
-    print(f"\n{format_backend_report()}\n")
-    x = torch.rand(batch, 2, size, size, device=device)
-
-    plain = nn.Conv2d(96, 96, 3, padding=1).to(device)
-    features = torch.rand(batch, 96, size, size, device=device, requires_grad=True)
-    with torch.no_grad():
-        forward = median_seconds(lambda: plain(features), runs, threads) / batch
-    step = median_seconds(lambda: plain(features).square().mean().backward(), runs, threads) / batch
-
-    print("| | forward (s a slice) | over the convolution | forward + backward (s a slice) | over the convolution |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    print(f"| one 3x3 convolution, 96 to 96 | {forward:.3g} | 1 | {step:.3g} | 1 |", flush=True)
-    for name in networks.split(","):
-        network, loss = build_network(name).to(device), GLMambaLoss().to(device)
-        with torch.no_grad():
-            seconds = median_seconds(lambda n=network: n(x), runs, threads) / batch
-        training = median_seconds(lambda n=network, f=loss: f(n(x), x).backward(), runs, threads) / batch
-        print(
-            f"| {name} | {seconds:.3g} | {seconds / forward:.0f} | {training:.3g} | {training / step:.0f} |",
-            flush=True,
-        )
+    allow_tf32()
+    stopwatch = Stopwatch(device, seconds, threads)
+    batches = numbers(batch if batch is not None else 4 if device == "cuda" else 1)
+    print_heading(stopwatch, f"{size}x{size}, tf32 allowed in fp32; a training step is forward, loss, backward, Adam.")
+    if not reference_backends(device)[0]:
+        print("\nLeft out: the same network on mamba-ssm + torchvision, which are not both here.")
+    print_speed(stopwatch, names(networks), batches, size)
+    if device == "cuda":
+        del stopwatch
+        print_memory(names(networks), batches, size)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from glmamba_monai.ops import backends, deform_conv2d
+
+NATIVE_IS_THERE, WHY_NOT = backends._try_load("deform_conv2d", "native")
+needs_native = pytest.mark.skipif(not NATIVE_IS_THERE, reason=f"the native kernels are not there: {WHY_NOT}")
+on_cpu = pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_native)])
 
 
 @pytest.fixture(autouse=True)
@@ -77,18 +82,20 @@ def assert_close(found, expected, forward=1e-5, gradient=1e-4):
         assert relative(found[1][name], grad) <= gradient, name
 
 
+@on_cpu
 @pytest.mark.parametrize("size", [(30, 41), (1, 5), (40, 240)])
 @pytest.mark.parametrize(
     ("kernel", "padding"), [((3, 3), 1), ((1, 1), 0), ((5, 5), 2), ((3, 5), (1, 2)), ((1, 3), (0, 4))]
 )
-def test_zero_offsets_give_an_ordinary_convolution(size, kernel, padding):
+def test_zero_offsets_give_an_ordinary_convolution(size, kernel, padding, backend):
     inputs = make_inputs(size=size, kernel=kernel, padding=padding, mask=False, spread=0.0)
     expected = F.conv2d(inputs["input"], inputs["weight"], inputs["bias"], padding=padding)
-    found = deform_conv2d(**inputs, padding=padding)
+    found = deform_conv2d(**inputs, padding=padding, backend=backend)
     assert relative(found, expected) <= 1e-5
     assert float((found - expected).abs().max()) <= 1e-5
 
 
+@on_cpu
 @pytest.mark.parametrize(
     "case",
     [
@@ -102,22 +109,22 @@ def test_zero_offsets_give_an_ordinary_convolution(size, kernel, padding):
         {"spread": 6.0, "size": (3, 4)},
     ],
 )
-def test_equals_explicit_bilinear_sampling_with_all_gradients(case):
+def test_equals_explicit_bilinear_sampling_with_all_gradients(case, backend):
     inputs = make_inputs(**case)
     # A few taps moved far beyond every border, beyond the range of a 32-bit integer too.
     inputs["offset"].flatten()[:6] = torch.tensor([1e4, -1e4, 3e9, -3e9, 1e20, -1e20])
     padding = case.get("padding", 1)
     expected = value_and_gradients(sampling_loop, inputs, padding=padding)
-    assert_close(value_and_gradients(deform_conv2d, inputs, padding=padding), expected)
+    assert_close(value_and_gradients(deform_conv2d, inputs, padding=padding, backend=backend), expected)
 
 
 def test_several_bands_of_rows_equal_one(monkeypatch):
     inputs = make_inputs(size=(13, 11))
-    whole = value_and_gradients(deform_conv2d, inputs)
+    whole = value_and_gradients(deform_conv2d, inputs, backend="torch")
     module = sys.modules["glmamba_monai.ops.deform_conv"]
     monkeypatch.setattr(module, "CHUNK", 30)  # backward pass: bands of two rows, the last of one
     monkeypatch.setattr(module._deform_forward, "__defaults__", (30,))
-    assert_close(value_and_gradients(deform_conv2d, inputs), whole, 1e-6, 1e-5)
+    assert_close(value_and_gradients(deform_conv2d, inputs, backend="torch"), whole, 1e-6, 1e-5)
 
 
 def test_gradcheck_in_double_precision():
@@ -129,21 +136,23 @@ def test_gradcheck_in_double_precision():
     assert torch.autograd.gradcheck(lambda x, d, w, b, m: deform_conv2d(x, d, w, b, 1, m), (x, d, w, b, m))
 
 
-def test_whole_offsets_shift_the_image():
+@on_cpu
+def test_whole_offsets_shift_the_image(backend):
     image = torch.randn(1, 2, 8, 9, generator=torch.Generator().manual_seed(0))
     offset = torch.zeros(1, 2, 8, 9)
     offset[:, 0], offset[:, 1] = 2, -3  # dy, dx
-    found = deform_conv2d(image, offset, torch.eye(2).view(2, 2, 1, 1), padding=0)
+    found = deform_conv2d(image, offset, torch.eye(2).view(2, 2, 1, 1), padding=0, backend=backend)
     expected = torch.zeros_like(image)
     expected[:, :, :6, 3:] = image[:, :, 2:, :6]
     assert torch.equal(found, expected)
 
 
-def test_a_mask_of_ones_equals_none():
+@on_cpu
+def test_a_mask_of_ones_equals_none(backend):
     inputs = make_inputs(mask=False)
-    expected = deform_conv2d(**inputs)
+    expected = deform_conv2d(**inputs, backend=backend)
     inputs["mask"] = torch.ones(2, 9, 7, 9)
-    assert torch.equal(deform_conv2d(**inputs), expected)
+    assert torch.equal(deform_conv2d(**inputs, backend=backend), expected)
 
 
 class DeformModule(nn.Module):
@@ -169,11 +178,12 @@ def test_scripted_equals_eager_with_gradients(optional):
         assert relative(scripted(**inputs), expected[0]) <= 1e-6
 
 
-def test_autocast_changes_nothing_in_eager_mode():
+@on_cpu
+def test_autocast_changes_nothing_in_eager_mode(backend):
     inputs = make_inputs()
-    expected = value_and_gradients(deform_conv2d, inputs)
+    expected = value_and_gradients(deform_conv2d, inputs, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_close(value_and_gradients(deform_conv2d, inputs), expected, 1e-7, 1e-6)
+        assert_close(value_and_gradients(deform_conv2d, inputs, backend=backend), expected, 1e-7, 1e-6)
 
 
 def test_autocast_in_a_scripted_module_keeps_the_positions():
@@ -187,29 +197,32 @@ def test_autocast_in_a_scripted_module_keeps_the_positions():
     assert relative(found, expected) <= 1e-2
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_inputs_are_computed_in_single_precision(dtype):
+def test_half_inputs_are_computed_in_single_precision(dtype, backend):
     inputs = {name: x.to(dtype) for name, x in make_inputs().items()}
-    y, gradients = value_and_gradients(deform_conv2d, inputs)
+    y, gradients = value_and_gradients(deform_conv2d, inputs, backend=backend)
     assert y.dtype == dtype and all(g.dtype == dtype for g in gradients.values())
     assert torch.allclose(y.double(), sampling_loop(**inputs), rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
-def test_a_broken_offset_shows_in_the_output_and_nowhere_else():
+@on_cpu
+def test_a_broken_offset_shows_in_the_output_and_nowhere_else(backend):
     inputs = make_inputs()
-    expected = deform_conv2d(**inputs)
+    expected = deform_conv2d(**inputs, backend=backend)
     inputs["offset"][0, 0, 2, 3] = float("nan")
-    found = deform_conv2d(**inputs)
+    found = deform_conv2d(**inputs, backend=backend)
     assert found[0, :, 2, 3].isnan().all()
     found[0, :, 2, 3] = expected[0, :, 2, 3]
     assert torch.equal(found, expected)
 
 
-def test_a_training_step_keeps_only_its_inputs():
+@on_cpu
+def test_a_training_step_keeps_only_its_inputs(backend):
     inputs = {name: x.requires_grad_() for name, x in make_inputs(c=16, size=(32, 32)).items()}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        deform_conv2d(**inputs)
+        deform_conv2d(**inputs, backend=backend)
     assert sum(saved) <= sum(x.numel() for x in inputs.values())
 
 
@@ -217,6 +230,35 @@ def test_meta_tensors_give_an_empty_result_of_the_right_shape():
     inputs = {name: x.to("meta") for name, x in make_inputs(padding=0).items()}
     y = deform_conv2d(**inputs, padding=0)
     assert y.is_meta and y.shape == (2, 4, 5, 7)
+
+
+@needs_native
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_operator_passes_torchs_own_checks(mask, layout):
+    inputs = {
+        name: x if x is None else x.to(memory_format=layout) for name, x in make_inputs(mask=mask, bias=False).items()
+    }
+    given = [None if inputs[n] is None else inputs[n].requires_grad_() for n in ("input", "offset", "weight", "mask")]
+    torch.library.opcheck(torch.ops.glmamba.deform_conv2d.default, (*given, 1, 1))
+
+
+@needs_native
+def test_fake_tensors_follow_shapes_through_both_passes():
+    with FakeTensorMode() as mode:
+        inputs = {name: mode.from_tensor(x).requires_grad_() for name, x in make_inputs(size=(200, 300)).items()}
+        y = deform_conv2d(**inputs)
+        gradients = torch.autograd.grad(y.sum(), list(inputs.values()))
+    assert isinstance(y, FakeTensor) and y.shape == (2, 4, 200, 300)
+    assert [g.shape for g in gradients] == [x.shape for x in inputs.values()]
+
+
+def test_float64_stays_and_is_refused_by_a_forced_kernel():
+    inputs = {name: x.double() for name, x in make_inputs().items()}
+    assert relative(deform_conv2d(**inputs), sampling_loop(**inputs)) <= 1e-14
+    if NATIVE_IS_THERE:
+        with pytest.raises(TypeError, match="backend: deform_conv2d was asked to run on 'native', which computes in f"):
+            deform_conv2d(**inputs, backend="native")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +288,9 @@ def test_a_wrong_padding_or_backend_is_named():
         deform_conv2d(**make_inputs(), padding=-1)
     with pytest.raises(ValueError, match=r"input: found shape .* after padding"):
         deform_conv2d(**make_inputs() | {"input": torch.zeros(2, 3, 2, 9)}, padding=0)
-    with pytest.raises(ValueError, match=r"backend: found 'mmcv', expected one of \['torchvision', 'torch'\]"):
+    with pytest.raises(
+        ValueError, match=r"backend: found 'mmcv', expected one of \['triton', 'torchvision', 'native', 'torch'\]"
+    ):
         deform_conv2d(**make_inputs(), backend="mmcv")
     with pytest.raises(Exception, match="backend: found torchvision, expected 'torch'"):
         torch.jit.script(deform_conv2d)(**make_inputs(), backend="torchvision")
@@ -260,7 +304,13 @@ def fake_torchvision(monkeypatch):
         calls = []
         module = types.ModuleType("torchvision.ops")
         module.deform_conv2d = lambda *a, **kw: calls.append((a, kw)) or a[0].new_zeros(1)
-        monkeypatch.setattr(backends.importlib, "import_module", lambda name: module)
+
+        def import_module(name):
+            if name != "torchvision.ops":
+                raise ImportError(f"no {name} here")
+            return module
+
+        monkeypatch.setattr(backends, "importlib", types.SimpleNamespace(import_module=import_module))
         operators = types.SimpleNamespace(deform_conv2d=None) if compiled else types.SimpleNamespace()
         monkeypatch.setattr(torch.ops, "torchvision", operators, raising=False)
         backends._try_load.cache_clear()

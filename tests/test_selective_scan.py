@@ -7,17 +7,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glmamba_monai.ops import backend_report, backends, format_backend_report, selective_scan
-from glmamba_monai.ops.backends import select_backend
+from glmamba_monai.ops import backends, selective_scan
 from glmamba_monai.ops.selective_scan import CHUNK
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
-
-
-@pytest.fixture(autouse=True)
-def _no_forced_backend(monkeypatch):
-    for operation in backends.OPERATIONS.values():
-        monkeypatch.delenv(operation.variable, raising=False)
 
 
 def make_inputs(b=2, k=4, d=6, n=8, length=70, D=True, bias=True, dtype=torch.float32, device="cpu", seed=0):
@@ -239,89 +232,33 @@ def test_a_wrong_shape_is_named(name, shape):
         selective_scan(**inputs)
 
 
-# --- the choice of a backend -------------------------------------------------------------------------------------
+def test_no_environment_variable_matters(monkeypatch):
+    monkeypatch.setenv("GLMAMBA_SCAN_BACKEND", "mamba_ssm")
+    selective_scan(**make_inputs())
 
 
-@pytest.fixture
-def fake_modules(monkeypatch):
-    """Pretend that some optional modules can be imported and all others cannot."""
-
-    def pretend(**modules):
-        def import_module(name):
-            if name not in modules:
-                raise OSError(f"no {name} here")
-            return modules[name]
-
-        monkeypatch.setattr(backends.importlib, "import_module", import_module)
-        backends._try_load.cache_clear()
-
-    yield pretend
-    monkeypatch.undo()
-    backends._try_load.cache_clear()
-
-
-def test_automatic_choice_follows_device_and_availability(fake_modules):
-    fake_modules()
-    assert [select_backend("selective_scan", cuda) for cuda in (False, True)] == ["torch", "torch"]
-    fake_modules(selective_scan_cuda=types.ModuleType("selective_scan_cuda"))
-    assert [select_backend("selective_scan", cuda) for cuda in (False, True)] == ["torch", "mamba_ssm"]
-
-
-def test_argument_beats_environment_beats_automatic(fake_modules, monkeypatch):
-    fake_modules(selective_scan_cuda=types.ModuleType("selective_scan_cuda"))
-    monkeypatch.setenv("GLMAMBA_SCAN_BACKEND", "torch")
-    assert select_backend("selective_scan", True) == "torch"
-    assert select_backend("selective_scan", True, "mamba_ssm") == "mamba_ssm"
-    monkeypatch.setenv("GLMAMBA_SCAN_BACKEND", "")
-    assert select_backend("selective_scan", True) == "mamba_ssm"
-
-
-def test_unknown_names_list_the_known_ones(monkeypatch):
-    with pytest.raises(ValueError, match=r"backend: found 'cudnn', expected one of \['mamba_ssm', 'torch'\]"):
-        selective_scan(**make_inputs(), backend="cudnn")
-    monkeypatch.setenv("GLMAMBA_SCAN_BACKEND", "fast")
-    with pytest.raises(ValueError, match="GLMAMBA_SCAN_BACKEND: found 'fast'"):
-        selective_scan(**make_inputs())
-    with pytest.raises(ValueError, match="op: found 'scan'"):
-        select_backend("scan", False)
+def test_unknown_names_list_the_known_ones():
+    for name in ("cudnn", "native"):
+        with pytest.raises(ValueError, match=rf"backend: found {name}, expected one of \['torch', 'mamba_ssm'\]"):
+            selective_scan(**make_inputs(), backend=name)
     with pytest.raises(Exception, match="backend: found fast"):
         torch.jit.script(selective_scan)(**make_inputs(), backend="fast")
 
 
-def test_a_forced_backend_that_cannot_run_says_why(fake_modules, monkeypatch):
-    fake_modules()
-    with pytest.raises(RuntimeError, match=r"OSError: no selective_scan_cuda here.*no-build-isolation mamba-ssm"):
-        selective_scan(**make_inputs(), backend="mamba_ssm")
-    fake_modules(selective_scan_cuda=types.ModuleType("selective_scan_cuda"))
-    monkeypatch.setenv("GLMAMBA_SCAN_BACKEND", "mamba_ssm")
+def test_mamba_ssm_that_cannot_run_says_why(monkeypatch):
+    def missing(name):
+        raise OSError(f"no {name} here")
+
+    monkeypatch.setattr(backends, "importlib", types.SimpleNamespace(import_module=missing))
+    backends._try_load.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"OSError: no selective_scan_cuda here.*no-build-isolation mamba-ssm"):
+            selective_scan(**make_inputs(), backend="mamba_ssm")
+    finally:
+        backends._try_load.cache_clear()
+    monkeypatch.setattr(backends, "load_backend", lambda op, name: types.ModuleType(name))
     with pytest.raises(RuntimeError, match="takes cuda tensors, but the tensors are on cpu"):
-        selective_scan(**make_inputs())
-
-
-def test_an_environment_variable_reaches_the_operation(monkeypatch):
-    calls = []
-    monkeypatch.setattr(backends, "select_backend", lambda *a: calls.append(a) or "torch")
-    selective_scan(**make_inputs())
-    assert calls == [("selective_scan", False, None)]
-
-
-def test_the_report_names_what_runs_and_why_not(fake_modules, monkeypatch):
-    fake_modules()
-    report = backend_report()
-    assert report.keys() == {"selective_scan", "deform_conv2d"}
-    scan = report["selective_scan"]
-    assert (scan["cpu"], scan["cuda"], scan["available"]) == ("torch", "torch", ["torch"])
-    assert "OSError: no selective_scan_cuda here" in scan["unavailable"]["mamba_ssm"]
-    text = format_backend_report()
-    assert "selective_scan: cpu -> torch, cuda -> torch (GLMAMBA_SCAN_BACKEND: not set)" in text
-    assert "mamba_ssm: not available: OSError: no selective_scan_cuda here" in text
-
-    monkeypatch.setenv("GLMAMBA_SCAN_BACKEND", "mamba_ssm")
-    assert backend_report()["selective_scan"]["cuda"].startswith("error: selective_scan: backend 'mamba_ssm'")
-    fake_modules(selective_scan_cuda=types.ModuleType("selective_scan_cuda"))
-    scan = backend_report()["selective_scan"]
-    assert (scan["forced"], scan["cuda"]) == ("mamba_ssm", "mamba_ssm")
-    assert scan["cpu"].startswith("error: ")
+        selective_scan(**make_inputs(), backend="mamba_ssm")
 
 
 # --- against mamba-ssm -------------------------------------------------------------------------------------------
@@ -382,10 +319,10 @@ class FakeKernels(types.ModuleType):
 
 
 @pytest.mark.parametrize("optional", [True, False])
-def test_the_mamba_ssm_backend_keeps_the_calling_convention(fake_modules, optional):
+def test_the_mamba_ssm_backend_keeps_the_calling_convention(monkeypatch, optional):
     from glmamba_monai.ops.selective_scan import _mamba_ssm_scan
 
-    fake_modules(selective_scan_cuda=FakeKernels("selective_scan_cuda"))
+    monkeypatch.setattr(backends, "load_backend", lambda op, name: FakeKernels(name))
     inputs = make_inputs(D=optional, bias=optional)
     expected = value_and_gradients(recurrence, inputs, delta_softplus=True)
     inputs["u"] = inputs["u"].transpose(1, 2).contiguous().transpose(1, 2)
@@ -394,12 +331,10 @@ def test_the_mamba_ssm_backend_keeps_the_calling_convention(fake_modules, option
     inputs["u"] = inputs["u"].bfloat16()  # beside float32 sequences: computed in float32
     found = value_and_gradients(lambda *x, **kw: _mamba_ssm_scan(*kw.values()), inputs, delta_softplus=True)
     assert found[0].dtype == torch.float32
-    with pytest.raises(TypeError, match="u: found float64"):
-        _mamba_ssm_scan(*make_inputs(dtype=torch.float64).values(), True)
 
 
 needs_mamba = pytest.mark.skipif(
-    not torch.cuda.is_available() or backends._try_load("selective_scan", "mamba_ssm")[0] is None,
+    not torch.cuda.is_available() or backends._try_load("ss2d_scan", "mamba_ssm")[0] is None,
     reason="needs a CUDA device and mamba-ssm's compiled selective_scan_cuda",
 )
 

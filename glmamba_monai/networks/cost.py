@@ -43,7 +43,7 @@ def count_cost(network: nn.Module, height: int = 240, width: int = 240) -> Cost:
         elif isinstance(module, nn.Linear):
             totals["module"] += output.numel() * module.in_features
         elif isinstance(module, SS2D):
-            tokens = output.numel() // output.shape[1]
+            tokens = output.shape[:3].numel()  # (B, H, W, D)
             totals["raw"] += module.projection_macs(tokens)
             totals["scan"] += module.scan_flops(tokens)
         elif isinstance(module, DeformBlock):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glmamba_monai.ops import deform_conv2d, selective_scan
+from glmamba_monai.ops import bias_silu, deform_conv2d, norm_gate, ss2d_scan
 
 K = 4  # left to right, top to bottom, and both reversed
 EXPANSION = 2  # D = 2C
@@ -58,26 +58,22 @@ class SS2D(nn.Module):
             self.A_log.copy_(torch.log(torch.arange(1, self.d_state + 1, dtype=dt.dtype)).expand_as(self.A_log))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scan ``(B, D, H, W)``, H and W even if local; returns the same shape."""
-        if self.local:
-            return join_quadrants(self.scan(split_quadrants(x)))
-        return self.scan(x)
-
-    def scan(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        rows = x.flatten(2)  # (B, D, L), left to right
-        columns = x.transpose(2, 3).flatten(2)  # (B, D, L), top to bottom
-        u = torch.stack((rows, columns, rows.flip(-1), columns.flip(-1)), dim=1)  # (B, K, D, L)
-        dt, b, c = torch.split(
-            torch.matmul(self.x_proj, u), [self.dt_rank, self.d_state, self.d_state], dim=2
-        )  # (B, K, R | N | N, L)
-        delta = torch.matmul(self.dt_proj, dt)  # (B, K, D, L)
-        y = selective_scan(
-            u.flatten(1, 2), delta.flatten(1, 2), -torch.exp(self.A_log), b, c, self.D, self.dt_bias, True
-        ).reshape(u.shape)
-        along_rows = (y[:, 0] + y[:, 2].flip(-1)).reshape(batch, channels, height, width)
-        along_columns = (y[:, 1] + y[:, 3].flip(-1)).reshape(batch, channels, width, height)
-        return along_rows + along_columns.transpose(2, 3)
+        """Scan ``(B, H, W, D)``, H and W even if local; returns the same shape, in float32."""
+        # One product for all directions: what a position contributes does not depend on when it is visited.
+        rows = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2])
+        dt, b, c = torch.split(rows, [self.dt_rank, self.d_state, self.d_state], dim=4)  # (B, H, W, K, R | N | N)
+        # Row by row: the gradient of dt_proj, tiny and over all positions, is then a sum of many small products.
+        delta = torch.matmul(dt.permute(3, 0, 1, 2, 4), self.dt_proj.transpose(1, 2)[:, None, None])  # (K, B, H, W, D)
+        return ss2d_scan(
+            x,
+            delta.permute(1, 2, 3, 0, 4),
+            -torch.exp(self.A_log).view(-1, x.shape[3], self.d_state),
+            b,
+            c,
+            self.D.view(-1, x.shape[3]),
+            self.dt_bias.view(-1, x.shape[3]),
+            self.local,
+        )
 
     def projection_macs(self, tokens: int) -> int:
         """Multiply-adds of the projections (raw parameters, which module counters do not see)."""
@@ -86,20 +82,6 @@ class SS2D(nn.Module):
     def scan_flops(self, tokens: int) -> int:
         """Operations of the scan itself: 9 per state and token (the usual count for Mamba), 1 for the D term."""
         return tokens * (9 * self.A_log.numel() + self.D.numel())
-
-
-def split_quadrants(x: Tensor) -> Tensor:
-    """Cut ``(B, D, H, W)``, H and W even, into its 2x2 quadrants ``(4B, D, H/2, W/2)``."""
-    batch, channels, height, width = x.shape
-    x = x.view(batch, channels, 2, height // 2, 2, width // 2)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(4 * batch, channels, height // 2, width // 2)
-
-
-def join_quadrants(x: Tensor) -> Tensor:
-    """Undo :func:`split_quadrants`."""
-    batch, channels, height, width = x.shape[0] // 4, x.shape[1], x.shape[2], x.shape[3]
-    x = x.view(batch, 2, 2, channels, height, width).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(batch, channels, 2 * height, 2 * width)
 
 
 class ChannelAttention(nn.Module):
@@ -111,8 +93,23 @@ class ChannelAttention(nn.Module):
         self.excite = nn.Conv2d(channels // reduction, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same shape."""
         weights = self.excite(F.relu(self.squeeze(x.mean(dim=(2, 3), keepdim=True))))
         return x * torch.sigmoid(weights)
+
+
+class DepthwiseSiLU(nn.Conv2d):
+    """SiLU of a 3x3 convolution of each channel, channels last."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, D)`` to the same shape."""
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        bias = self.bias
+        assert bias is not None  # tells TorchScript the type
+        return bias_silu(y.permute(0, 2, 3, 1), bias)
 
 
 class MambaBlock(nn.Module):
@@ -132,7 +129,7 @@ class MambaBlock(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.to_gate = nn.Linear(channels, inner, bias=False)
         self.to_scan = nn.Linear(channels, inner, bias=False)
-        self.depthwise = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.depthwise = DepthwiseSiLU(inner)
         self.ss2d = SS2D(inner, d_state, math.ceil(channels / 16), local)
         self.scan_norm = nn.LayerNorm(inner)
         self.to_out = nn.Linear(inner, channels, bias=False)
@@ -146,14 +143,12 @@ class MambaBlock(nn.Module):
         self.attention = ChannelAttention(channels, attention_reduction)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same shape."""
-        h = self.norm(x.permute(0, 2, 3, 1))  # (B, H, W, C): linear layers act on the last axis
-        gate = F.silu(self.to_gate(h))
+        """``(B, H, W, C)`` to the same shape."""
+        h = self.norm(x)
         # The depthwise convolution sees the whole map; only the scan is cut into quadrants.
-        u = F.silu(self.depthwise(self.to_scan(h).permute(0, 3, 1, 2)))
-        u = self.scan_norm(self.ss2d(u).permute(0, 2, 3, 1))
-        y = self.to_out(gate * u).permute(0, 3, 1, 2)
-        return x + self.attention(self.mix(y))
+        u = self.ss2d(self.depthwise(self.to_scan(h)))
+        y = self.to_out(norm_gate(u, self.scan_norm.weight, self.scan_norm.bias, self.to_gate(h)))
+        return x + self.attention(self.mix(y.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
 class DeformBlock(nn.Module):
@@ -165,19 +160,18 @@ class DeformBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.offset = nn.Conv2d(channels, 18, 3, padding=1)
-        self.mask = nn.Conv2d(channels, 9, 3, padding=1)
-        for layer in (self.offset, self.mask):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.offset_and_mask = nn.Conv2d(channels, 18 + 9, 3, padding=1)  # one convolution reads the map once
+        nn.init.zeros_(self.offset_and_mask.weight)
+        nn.init.zeros_(self.offset_and_mask.bias)
         self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(channels))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same shape."""
-        y = deform_conv2d(x, self.offset(x), self.weight, self.bias, mask=torch.sigmoid(self.mask(x)))
-        return x + F.silu(y)
+        offset, mask = torch.split(self.offset_and_mask(x), [18, 9], dim=1)
+        y = deform_conv2d(x, offset, self.weight, mask=torch.sigmoid(mask))
+        return bias_silu(y.permute(0, 2, 3, 1), self.bias, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def product_macs(self, pixels: int) -> int:
         """Multiply-adds of the weights with the samples (raw parameters, which module counters do not see)."""
@@ -223,8 +217,10 @@ class Branch(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Features ``(B, C, H, W)`` of ``(B, 1, H, W)``, H and W multiples of 4."""
-        features = self.stem(image)
-        mamba = self.unembed(self.mamba(self.embed(features)))
+        # Channels last in memory: what the scan, the deformable convolution and linear layers read in one piece.
+        features = self.stem(image).contiguous(memory_format=torch.channels_last)
+        tokens = self.mamba(self.embed(features).permute(0, 2, 3, 1))  # (B, H/2, W/2, C)
+        mamba = self.unembed(tokens.permute(0, 3, 1, 2))
         if not self.modulator:
             return mamba
         deform = self.deform(features)

@@ -1,7 +1,18 @@
-"""The two operations that PyTorch lacks, each with several backends (see `format_backend_report`)."""
+"""The operations that PyTorch lacks or does in too many passes, with several backends (see `format_backend_report`)."""
 
 from glmamba_monai.ops.backends import backend_report, format_backend_report, require_backends
 from glmamba_monai.ops.deform_conv import deform_conv2d
+from glmamba_monai.ops.pointwise import bias_silu, norm_gate
 from glmamba_monai.ops.selective_scan import selective_scan
+from glmamba_monai.ops.ss2d import ss2d_scan
 
-__all__ = ["backend_report", "deform_conv2d", "format_backend_report", "require_backends", "selective_scan"]
+__all__ = [
+    "backend_report",
+    "bias_silu",
+    "deform_conv2d",
+    "format_backend_report",
+    "norm_gate",
+    "require_backends",
+    "selective_scan",
+    "ss2d_scan",
+]

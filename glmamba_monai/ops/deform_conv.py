@@ -32,8 +32,11 @@ def deform_conv2d(
     """Convolve with every tap moved by an offset and weighted by a mask; stride 1, dilation 1, one offset group.
 
     Values between pixels are bilinear, pixels outside the input are zero. All is computed in float32 (float64 stays),
-    also under autocast, where only a scripted module lowers the final matrix product. In eager mode the sampled
-    values are recomputed in the backward pass, so a training step does not keep one copy of the input per tap.
+    also under autocast, but for two things: the backend triton multiplies a half-precision input by the weight in that
+    precision (positions, sampling and sums are in float32 there too), and a scripted module leaves the matrix product
+    to autocast. On a GPU float32 is multiplied in tf32 where torch's own convolutions are:
+    `torch.backends.cudnn.allow_tf32`. The sampled values are never kept for the backward pass (but in a scripted
+    module), so a training step does not hold one copy of the input per tap.
 
     Args:
         input: `(B, C, H, W)`.
@@ -42,7 +45,7 @@ def deform_conv2d(
         bias: `(C_out,)`.
         padding: pixels of zeros on each side, one number or (vertical, horizontal).
         mask: `(B, kh*kw, H_out, W_out)`; None for all ones.
-        backend: `"torch"`, `"torchvision"` or None (environment variable, else automatic).
+        backend: `"triton"`, `"torchvision"`, `"native"`, `"torch"` or None (environment variable, else automatic).
 
     Returns:
         `(B, C_out, H_out, W_out)` with `H_out = H + 2*padding - kh + 1`, in the dtype of `input`. On the meta device an
@@ -50,6 +53,7 @@ def deform_conv2d(
 
     Raises:
         ValueError: a shape does not fit, or the backend's name is unknown.
+        TypeError: float64 with a backend that has no such kernel.
         RuntimeError: the backend asked for is not available.
 
     Source: Zhu et al., "Deformable ConvNets v2", 2019, equation 1; arguments as in torchvision.
@@ -66,7 +70,7 @@ def deform_conv2d(
             raise ValueError(f"backend: found {backend}, expected 'torch' or None in a scripted module")
         y = _torch_deform(input, offset, weight, bias, pad_y, pad_x, mask)
     else:
-        name = backends.select_backend("deform_conv2d", input.is_cuda, backend)
+        name = backends.select_backend("deform_conv2d", input.is_cuda, backend, input.dtype)
         y = _IMPLEMENTATIONS[name](input, offset, weight, bias, pad_y, pad_x, mask)
     return y.to(input.dtype)
 
@@ -291,4 +295,128 @@ def _torchvision_deform(
         return ops.deform_conv2d(input, offset, weight, bias, padding=(pad_y, pad_x), mask=mask)
 
 
-_IMPLEMENTATIONS = {"torch": _torch_deform, "torchvision": _torchvision_deform}
+# --- backends "triton" and "native": one operator of torch, with a kernel per device -------------------------------
+
+torch.library.define(
+    "glmamba::deform_conv2d",
+    "(Tensor input, Tensor offset, Tensor weight, Tensor? mask, int pad_y, int pad_x) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "glmamba::deform_conv2d_backward",
+    "(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, int pad_y, int pad_x)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("glmamba::deform_conv2d", "cuda")
+def _triton_forward(
+    input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, pad_y: int, pad_x: int
+) -> Tensor:
+    kernels = backends.load_backend("deform_conv2d", "triton")
+    return kernels.forward(input, offset, weight, mask, pad_y, pad_x)
+
+
+@torch.library.impl("glmamba::deform_conv2d", "cpu")
+def _native_forward(
+    input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, pad_y: int, pad_x: int
+) -> Tensor:
+    kernels = backends.load_backend("deform_conv2d", "native")
+    return kernels.deform_forward(input, offset, weight, mask, pad_y, pad_x)
+
+
+@torch.library.register_fake("glmamba::deform_conv2d")
+def _fake_forward(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, pad_y: int, pad_x: int) -> Tensor:
+    shape = (input.shape[0], weight.shape[0], *offset.shape[2:])
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+
+
+@torch.library.impl("glmamba::deform_conv2d_backward", "cuda")
+def _triton_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    kernels = backends.load_backend("deform_conv2d", "triton")
+    return _without_none(grad, kernels.backward(grad, *arguments))
+
+
+@torch.library.impl("glmamba::deform_conv2d_backward", "cpu")
+def _native_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    kernels = backends.load_backend("deform_conv2d", "native")
+    return _without_none(grad, kernels.deform_backward(grad, *arguments))
+
+
+def _without_none(grad: Tensor, gradients: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> tuple[Tensor, ...]:
+    """Gradients as the operator returns them: that of a mask that is not there is empty."""
+    grad_input, grad_offset, grad_weight, grad_mask = gradients
+    return grad_input, grad_offset, grad_weight.contiguous(), grad.new_empty(0) if grad_mask is None else grad_mask
+
+
+@torch.library.register_fake("glmamba::deform_conv2d_backward")
+def _fake_backward(
+    grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, pad_y: int, pad_x: int
+) -> tuple[Tensor, ...]:
+    given = [offset] if mask is None else [offset, mask]
+    if grad.is_cuda:  # the kernels keep the memory order of offset and mask
+        moved = [torch.empty_like(x) for x in given]
+    else:
+        moved = [torch.empty_like(x, memory_format=torch.channels_last) for x in given]
+    grad_mask = grad.new_empty(0) if mask is None else moved[1]
+    grad_input = torch.empty_like(input, memory_format=torch.channels_last)
+    return grad_input, moved[0], torch.empty_like(weight, memory_format=torch.contiguous_format), grad_mask
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, offset, weight, mask, ctx.pad_y, ctx.pad_x = inputs
+    ctx.save_for_backward(input, offset, weight, mask)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, offset, weight, mask = ctx.saved_tensors
+    grad_input, grad_offset, grad_weight, grad_mask = torch.ops.glmamba.deform_conv2d_backward.default(
+        grad, input, offset, weight, mask, ctx.pad_y, ctx.pad_x
+    )
+    return grad_input, grad_offset, grad_weight, None if mask is None else grad_mask, None, None
+
+
+def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("deform_conv2d: its gradients cannot be differentiated again")
+
+
+torch.library.register_autograd("glmamba::deform_conv2d", _differentiate, setup_context=_save)
+torch.library.register_autograd("glmamba::deform_conv2d_backward", _differentiate_twice)
+
+
+def _triton_deform(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_y: int,
+    pad_x: int,
+    mask: Tensor | None,
+) -> Tensor:
+    input, offset, weight = backends.for_triton(input), backends.for_triton(offset), backends.for_triton(weight)
+    mask = None if mask is None else backends.for_triton(mask)
+    y = torch.ops.glmamba.deform_conv2d.default(input, offset, weight, mask, pad_y, pad_x)
+    return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
+
+
+def _native_deform(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_y: int,
+    pad_x: int,
+    mask: Tensor | None,
+) -> Tensor:
+    input, offset, weight, bias, mask = _one_dtype(input, offset, weight, bias, mask)
+    y = torch.ops.glmamba.deform_conv2d.default(input, offset, weight, mask, pad_y, pad_x)
+    return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+_IMPLEMENTATIONS = {
+    "triton": _triton_deform,
+    "torchvision": _torchvision_deform,
+    "native": _native_deform,
+    "torch": _torch_deform,
+}

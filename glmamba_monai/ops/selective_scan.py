@@ -31,10 +31,11 @@ def selective_scan(
     D: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
-    backend: str | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """Selective scan over sequences, one state matrix per channel, `B` and `C` shared by a direction's channels.
 
+    The form by sequences, in plain PyTorch or by mamba-ssm, behind the backends of these names of `ss2d_scan`.
     Computed in float32 (float64 stays), also under autocast. In eager mode the memory of a training step does not
     grow with l * n; under `torch.jit.script` the same forward runs, differentiated step by step.
 
@@ -47,7 +48,7 @@ def selective_scan(
         D: skip weight, `(K*D,)`.
         delta_bias: added to `delta`, `(K*D,)`.
         delta_softplus: whether the time step is softplus(delta + delta_bias).
-        backend: `"torch"`, `"mamba_ssm"` or None (environment variable, else automatic).
+        backend: `"torch"` or `"mamba_ssm"`.
 
     Returns:
         y, `(B, K*D, L)`, in the dtype of `u`. On the meta device an empty tensor of that shape, to count costs.
@@ -63,12 +64,14 @@ def selective_scan(
     if u.is_meta:
         return torch.empty_like(u)
     if torch.jit.is_scripting():
-        if backend is not None and backend != "torch":
-            raise ValueError(f"backend: found {backend}, expected 'torch' or None in a scripted module")
+        if backend != "torch":
+            raise ValueError(f"backend: found {backend}, expected 'torch' in a scripted module")
         y = _torch_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
     else:
-        name = backends.select_backend("selective_scan", u.is_cuda, backend)
-        y = _IMPLEMENTATIONS[name](u, delta, A, B, C, D, delta_bias, delta_softplus)
+        if backend not in _IMPLEMENTATIONS:
+            raise ValueError(f"backend: found {backend}, expected one of {list(_IMPLEMENTATIONS)}")
+        backends.select_backend("ss2d_scan", u.is_cuda, backend, u.dtype)  # for its errors
+        y = _IMPLEMENTATIONS[backend](u, delta, A, B, C, D, delta_bias, delta_softplus)
     return y.to(u.dtype)
 
 
@@ -323,7 +326,7 @@ class _MambaSsmScan(torch.autograd.Function):
         delta_bias: Tensor | None,
         delta_softplus: bool,
     ) -> Tensor:
-        kernels = backends.load_backend("selective_scan", "mamba_ssm")
+        kernels = backends.load_backend("ss2d_scan", "mamba_ssm")
         y, states = kernels.fwd(u, delta, A, B, C, D, None, delta_bias, delta_softplus)[:2]
         ctx.save_for_backward(u, delta, A, B, C, D, delta_bias, states)
         ctx.delta_softplus = delta_softplus
@@ -333,7 +336,7 @@ class _MambaSsmScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, delta_bias, states = ctx.saved_tensors
-        kernels = backends.load_backend("selective_scan", "mamba_ssm")
+        kernels = backends.load_backend("ss2d_scan", "mamba_ssm")
         # After the states: z's gated output, a buffer for z's gradient (none) and whether to recompute that output.
         du, ddelta, dA, dB, dC, dD, dbias = kernels.bwd(
             u,
@@ -364,8 +367,6 @@ def _mamba_ssm_scan(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    if u.dtype == torch.float64:
-        raise TypeError("u: found float64, but mamba_ssm computes in float32; expected float32 or backend='torch'")
     # The kernels accumulate in float32 whatever the sequences' dtype, but want one dtype for all four, and contiguous.
     dtype = u.dtype
     if not (delta.dtype == B.dtype == C.dtype == dtype):

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glmamba_monai.ops import backends
+from glmamba_monai.ops import backends, native
 from glmamba_monai.ops.selective_scan import selective_scan
 
-
 __all__ = ["ss2d_scan"]
-
-K = 4  # directions
 
 
 def ss2d_scan(
@@ -35,7 +32,8 @@ def ss2d_scan(
 ) -> Tensor:
     """Scan a map along its rows and columns, both ways, and sum the four outputs in place.
 
-    Computed in float32 (float64 stays), also under autocast; half-precision inputs are read as they are.
+    Computed in float32 (float64 stays), also under autocast; gradients have the dtypes of their inputs. A training step
+    keeps no tensor of all states: they are recomputed. A scripted module runs the backend torch.
 
     Args:
         u: input, `(B, H, W, D)`.
@@ -61,32 +59,34 @@ def ss2d_scan(
     """
     _check_shapes(u, delta, A, B, C, D, delta_bias, local)
     if u.is_meta:
-        return u.new_empty(u.shape, dtype=torch.float32)
+        return u.new_empty(u.shape, dtype=torch.float64 if u.dtype == torch.float64 else torch.float32)
     if torch.jit.is_scripting():
         if backend is not None and backend != "torch":
             raise ValueError(f"backend: found {backend}, expected 'torch' or None in a scripted module")
-        return _by_sequences(u, delta, A, B, C, D, delta_bias, local, "torch")
-    name = backends.select_backend("ss2d_scan", u.is_cuda, backend, u.dtype)
-    return _IMPLEMENTATIONS[name](u, delta, A, B, C, D, delta_bias, local)
+        y = _by_sequences(u, delta, A, B, C, D, delta_bias, local, "torch")
+    else:
+        name = backends.select_backend("ss2d_scan", u.is_cuda, backend, u.dtype)
+        y = _IMPLEMENTATIONS[name](u, delta, A, B, C, D, delta_bias, local)
+    return y
 
 
 def _check_shapes(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, local: bool
 ) -> None:
-    if u.dim() != 4 or u.shape[1] < 1 or u.shape[2] < 1:
-        raise ValueError(f"u: found shape {list(u.shape)}, expected (B, H, W, D)")
-    if A.dim() != 3:
-        raise ValueError(f"A: found shape {list(A.shape)}, expected (K, D, N)")
+    if u.dim() != 4 or min(u.shape) < 1:
+        raise ValueError(f"u: found shape {list(u.shape)}, expected (B, H, W, D), each at least 1")
+    if A.dim() != 3 or A.shape[2] < 1:
+        raise ValueError(f"A: found shape {list(A.shape)}, expected (K, D, N) with N >= 1")
     batch, height, width, channels = u.shape
     if local and (height % 2 != 0 or width % 2 != 0):
         raise ValueError(f"u: found a map of {height} x {width}, expected even sides to cut it into quadrants")
     states = A.shape[2]
-    _check_shape("delta", delta, [batch, height, width, K, channels])
-    _check_shape("A", A, [K, channels, states])
-    _check_shape("B", B, [batch, height, width, K, states])
-    _check_shape("C", C, [batch, height, width, K, states])
-    _check_shape("D", D, [K, channels])
-    _check_shape("delta_bias", delta_bias, [K, channels])
+    _check_shape("delta", delta, [batch, height, width, 4, channels])
+    _check_shape("A", A, [4, channels, states])
+    _check_shape("B", B, [batch, height, width, 4, states])
+    _check_shape("C", C, [batch, height, width, 4, states])
+    _check_shape("D", D, [4, channels])
+    _check_shape("delta_bias", delta_bias, [4, channels])
 
 
 def _check_shape(name: str, tensor: Tensor, expected: list[int]) -> None:
@@ -124,7 +124,7 @@ def _by_sequences(
         True,
         backend,
     )  # (B, K*D, L)
-    y = _sum_of_maps(y.view(y.shape[0], K, -1, y.shape[2]), u.shape[1], u.shape[2])
+    y = _sum_of_maps(y.view(y.shape[0], 4, -1, y.shape[2]), u.shape[1], u.shape[2])
     return join_quadrants(y, height, width) if local else y
 
 
@@ -161,3 +161,120 @@ def _torch_ss2d(*arguments: Any) -> Tensor:
 
 def _mamba_ssm_ss2d(*arguments: Any) -> Tensor:
     return _by_sequences(*arguments, "mamba_ssm")
+
+
+# --- backends "triton" and "native": one operator of torch, with a kernel per device -------------------------------
+# Beside y the operator returns what its backward pass starts from: the states that the native kernels noted, or what
+# each chunk of the Triton kernels adds to the states, and that chunk's sum of time steps (empty for the native ones).
+
+torch.library.define(
+    "glmamba::ss2d_scan",
+    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, bool local)"
+    " -> (Tensor y, Tensor states, Tensor time_steps)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "glmamba::ss2d_scan_backward",
+    "(Tensor grad_y, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, bool local,"
+    " Tensor states, Tensor time_steps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("glmamba::ss2d_scan", "cuda")
+def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.load_backend("ss2d_scan", "triton").forward(*arguments)
+
+
+@torch.library.impl("glmamba::ss2d_scan", "cpu")
+def _native_forward(u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, states = backends.load_backend("ss2d_scan", "native").scan_forward(u, *arguments)
+    return y, states, u.new_empty(0)
+
+
+@torch.library.register_fake("glmamba::ss2d_scan")
+def _fake_forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, local: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = u.new_empty(u.shape, dtype=torch.float32)
+    batch, height, width, channels = u.shape
+    if u.is_cuda:
+        launch = backends.load_backend("ss2d_scan", "triton")._Launch(u, A, local)
+        return y, launch.zeros_per_chunk(u, launch.states, channels), launch.zeros_per_chunk(u, channels)
+    regions, length = (4 * batch, height // 2 * (width // 2)) if local else (batch, height * width)
+    chunks, blocks, groups = (
+        -(-count // size)
+        for count, size in ((length, native.STEPS), (channels, native.BLOCK), (A.shape[2], native.GROUP))
+    )
+    return y, u.new_empty(regions, 4, chunks, blocks, groups * native.GROUP, native.BLOCK), u.new_empty(0)
+
+
+@torch.library.impl("glmamba::ss2d_scan_backward", "cuda")
+def _triton_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    gradients = backends.load_backend("ss2d_scan", "triton").backward(grad_y, *arguments)
+    return _as_inputs(gradients, arguments[:7])
+
+
+@torch.library.impl("glmamba::ss2d_scan_backward", "cpu")
+def _native_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    gradients = backends.load_backend("ss2d_scan", "native").scan_backward(grad_y, *arguments[:-1])
+    return _as_inputs(gradients, arguments[:7])
+
+
+def _as_inputs(gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients in the dtypes of the inputs, contiguous; but delta's, the largest, in the memory order of delta."""
+    du, ddelta, *others = (gradient.to(x.dtype) for gradient, x in zip(gradients, inputs))
+    if ddelta.stride() != torch.empty_like(inputs[1], device="meta").stride():
+        ddelta = torch.empty_like(inputs[1]).copy_(ddelta)
+    return du.contiguous(), ddelta, *(x.contiguous() for x in others)
+
+
+@torch.library.register_fake("glmamba::ss2d_scan_backward")
+def _fake_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    u, delta, *others = arguments[:7]
+    return u.new_empty(u.shape), torch.empty_like(delta), *(x.new_empty(x.shape) for x in others)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.local = inputs
+    _, states, time_steps = output
+    ctx.mark_non_differentiable(states, time_steps)
+    ctx.set_materialize_grads(False)  # else zeros as large as the states
+    ctx.save_for_backward(*tensors, states, time_steps)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    *tensors, states, time_steps = ctx.saved_tensors
+    gradients = torch.ops.glmamba.ss2d_scan_backward.default(grad_y, *tensors, ctx.local, states, time_steps)
+    return *gradients, None
+
+
+def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("ss2d_scan: its gradients cannot be differentiated again")
+
+
+torch.library.register_autograd("glmamba::ss2d_scan", _differentiate, setup_context=_save)
+torch.library.register_autograd("glmamba::ss2d_scan_backward", _differentiate_twice)
+
+
+def _triton_ss2d(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, local: bool
+) -> Tensor:
+    u, delta, B, C = (backends.for_triton(x) for x in (u, delta, B, C))
+    A, D, delta_bias = A.float(), D.float(), delta_bias.float()
+    return torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, delta_bias, local)[0]
+
+
+def _native_ss2d(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, local: bool
+) -> Tensor:
+    u, delta, A, B, C, D, delta_bias = (x.float() for x in (u, delta, A, B, C, D, delta_bias))
+    return torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, delta_bias, local)[0]
+
+
+_IMPLEMENTATIONS = {
+    "triton": _triton_ss2d,
+    "mamba_ssm": _mamba_ssm_ss2d,
+    "native": _native_ss2d,
+    "torch": _torch_ss2d,
+}

@@ -112,7 +112,7 @@ def _visit(line, offset, begin, end, length, line_stride, stride, backwards, TOK
     And which of them there are.
     """
     step = offset + tl.arange(0, TOKENS)
-    valid = (step < length) & (line >= 0) & (begin + line < end)
+    valid = step < tl.where((line >= 0) & (begin + line < end), length, 0)
     y = tl.where(backwards, end - 1 - line, begin + line)
     x = tl.where(backwards, length - 1 - step, step)
     return y * line_stride + x * stride, valid
@@ -525,6 +525,7 @@ def _backward_kernel(
 
 # Tokens, channel groups, channels across lanes, register limit
 CARRY = (8, 1, 8, None)
+CARRY_HALF = (4, 1, 32, None)
 FORWARD = (4, 1, 32, None)
 BACKWARD = (4, 2, 8, None)
 PROGRAMS = 12  # programs (of one warp) of the forward kernel for each multiprocessor
@@ -566,9 +567,10 @@ class _Launch:
 
     def carry(self, *pointers: Any, strides: tuple[int, ...], adjoint: bool) -> None:
         if self.chunks > 1:
-            grid = (_blocks(self.channels, CARRY), self.chunks - 1, 4 * self.regions)
+            config = CARRY_HALF if pointers[0].dtype.itemsize == 2 else CARRY
+            grid = (_blocks(self.channels, config), self.chunks - 1, 4 * self.regions)
             _carry_kernel[grid](
-                *pointers, *self.sizes, *strides, ADJOINT=adjoint, **_shape(CARRY), **self.constants
+                *pointers, *self.sizes, *strides, ADJOINT=adjoint, **_shape(config), **self.constants
             )
 
     def both_axes(self, kernel: Any, *pointers: Any, strides: tuple[int, ...], config: tuple) -> None:

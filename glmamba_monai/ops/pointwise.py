@@ -1,0 +1,143 @@
+"""Cheap steps between the heavy ones, fused on a GPU so that each map is read once and written once.
+
+The backends do the same sums; `"torch"` is the definition.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glmamba_monai.ops import backends
+
+__all__ = ["bias_silu", "norm_gate"]
+
+
+def norm_gate(
+    y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float = 1e-5, backend: str | None = None
+) -> Tensor:
+    """LayerNorm over the last axis, times SiLU of the gate, computed in float32 (float64 stays).
+
+    Args:
+        y: `(..., D)`, what is normalised.
+        weight: `(D,)`, scale after the normalisation.
+        bias: `(D,)`, shift after it.
+        gate: `(..., D)`, before SiLU.
+        eps: added to the variance.
+        backend: `"triton"`, `"torch"` or None (environment variable, else automatic).
+
+    Returns:
+        `(..., D)` in the dtype of `gate`.
+
+    Raises:
+        ValueError: the shapes differ, or the backend's name is unknown.
+        RuntimeError: the backend asked for is not available.
+
+    Source: GLMamba, Fig. 2A.
+    """
+    if y.shape != gate.shape:
+        raise ValueError(f"gate: found shape {list(gate.shape)}, expected that of y, {list(y.shape)}")
+    if torch.jit.is_scripting():
+        pass  # the definition below
+    elif not y.is_meta and backends.select_backend("pointwise", y.is_cuda, backend, y.dtype) == "triton":
+        return torch.ops.glmamba.norm_gate(y, weight, bias, gate, eps)
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    normed = F.layer_norm(y.to(dtype), [y.shape[-1]], weight.to(dtype), bias.to(dtype), eps)
+    return (normed * F.silu(gate.to(dtype))).to(gate.dtype)
+
+
+def bias_silu(x: Tensor, bias: Tensor, residual: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """SiLU(x + bias) + residual, computed in float32 (float64 stays).
+
+    Args:
+        x: `(..., C)`.
+        bias: `(C,)`.
+        residual: `(..., C)`, or None for nothing.
+        backend: `"triton"`, `"torch"` or None (environment variable, else automatic).
+
+    Returns:
+        `(..., C)` in the dtype of `x`.
+
+    Raises:
+        ValueError: the shapes differ, or the backend's name is unknown.
+        RuntimeError: the backend asked for is not available.
+    """
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual: found shape {list(residual.shape)}, expected that of x, {list(x.shape)}")
+    if torch.jit.is_scripting():
+        pass  # the definition below
+    elif not x.is_meta and backends.select_backend("pointwise", x.is_cuda, backend, x.dtype) == "triton":
+        return torch.ops.glmamba.bias_silu(x, bias, residual)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = F.silu(x.to(dtype) + bias.to(dtype))
+    if residual is not None:
+        y = y + residual.to(dtype)
+    return y.to(x.dtype)
+
+
+# --- backend "triton", as operators that autograd, torch.compile and fake tensors know ----------------------------
+
+
+@torch.library.custom_op("glmamba::norm_gate", mutates_args=(), device_types="cuda")
+def _norm_gate(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float) -> Tensor:
+    return backends.load_backend("pointwise", "triton").norm_gate_forward(y, weight, bias, gate, eps)
+
+
+@torch.library.custom_op("glmamba::norm_gate_backward", mutates_args=(), device_types="cuda")
+def _norm_gate_backward(
+    dout: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return backends.load_backend("pointwise", "triton").norm_gate_backward(dout, y, weight, bias, gate, eps)
+
+
+@torch.library.custom_op("glmamba::bias_silu", mutates_args=(), device_types="cuda")
+def _bias_silu(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    return backends.load_backend("pointwise", "triton").bias_silu_forward(x, bias, residual)
+
+
+@torch.library.custom_op("glmamba::bias_silu_backward", mutates_args=(), device_types="cuda")
+def _bias_silu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return backends.load_backend("pointwise", "triton").bias_silu_backward(dout, x, bias)
+
+
+@_norm_gate.register_fake
+def _(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float) -> Tensor:
+    return torch.empty(y.shape, dtype=gate.dtype, device=y.device)
+
+
+@_norm_gate_backward.register_fake
+def _(dout: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float) -> tuple[Tensor, ...]:
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device), torch.empty_like(weight), torch.empty_like(bias), dgate
+
+
+@_bias_silu.register_fake
+def _(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_bias_silu_backward.register_fake
+def _(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(bias)
+
+
+def _save_norm_gate(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.eps = inputs[4]
+
+
+def _differentiate_norm_gate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.glmamba.norm_gate_backward(dout, *ctx.saved_tensors, ctx.eps), None
+
+
+def _save_bias_silu(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.residual_dtype = None if inputs[2] is None else inputs[2].dtype
+
+
+def _differentiate_bias_silu(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dbias = torch.ops.glmamba.bias_silu_backward(dout, *ctx.saved_tensors)
+    return dx, dbias, None if ctx.residual_dtype is None else dout.to(ctx.residual_dtype)
+
+
+_norm_gate.register_autograd(_differentiate_norm_gate, setup_context=_save_norm_gate)
+_bias_silu.register_autograd(_differentiate_bias_silu, setup_context=_save_bias_silu)

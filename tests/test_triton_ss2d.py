@@ -1,0 +1,162 @@
+"""The Triton kernels of the scan: on the GPU where there is one, else at tiny sizes in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, so without a GPU this file runs itself in a second process.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_ss2d import assert_close, make_inputs, relative, step_loop, value_and_gradients
+
+pytest.importorskip("triton", reason="needs the package triton")
+
+from glmamba_monai.ops import ss2d_scan
+from glmamba_monai.ops import triton_ss2d as kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+needs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs in the interpreter's process")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests run in this process")
+def test_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-1000:]
+
+
+@pytest.fixture(autouse=True)
+def _no_unwritten_memory(monkeypatch):
+    """Fresh memory holds NaN, so that an element that no kernel writes shows."""
+
+    def poisoned(function):
+        def allocate(*args, **options):
+            x = function(*args, **options)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return allocate
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+def programs(monkeypatch, number):
+    """Cut the scan for this many programs a multiprocessor: more of them, more chunks."""
+    monkeypatch.setattr(kernels, "PROGRAMS", number)
+
+
+def all_results(inputs, local):
+    """Output and gradients of the kernels, as `value_and_gradients` returns them."""
+    y, *saved = kernels.forward(*inputs.values(), local)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return y, dict(zip(inputs, kernels.backward(grad_y, *inputs.values(), local, *saved)))
+
+
+def chunks(inputs, local):
+    return kernels._Launch(inputs["u"], inputs["A"], local).chunks
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("shape", "local", "several"),
+    [
+        ({"b": 1, "h": 2, "w": 5, "d": 9, "n": 3}, False, True),
+        ({"b": 1, "h": 4, "w": 2, "d": 2, "n": 1}, True, True),
+        ({"b": 2, "h": 3, "w": 1, "d": 1, "n": 2, "low": -20.0, "high": 30.0}, False, False),
+    ],
+)
+def test_equals_the_step_loop_with_all_gradients(shape, local, several, monkeypatch):
+    programs(monkeypatch, 1000 if several else 1e-6)
+    inputs = make_inputs(**shape)
+    expected = value_and_gradients(step_loop, inputs, local=local)
+    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
+    assert (chunks(inputs, local) > 1) == several
+    y, gradients = all_results(inputs, local)
+    assert y.dtype == torch.float32
+    assert_close((y.cpu(), {name: x.cpu() for name, x in gradients.items()}), expected)
+
+
+@needs_kernels
+def test_any_memory_layout_is_accepted(monkeypatch):
+    programs(monkeypatch, 1e-6)
+    inputs = make_inputs(b=1, h=2, w=3, d=3, n=2, device=DEVICE)
+    expected = all_results(inputs, False)
+    layout = {name: torch.cat((x, x), -1)[..., : x.shape[-1]] for name, x in inputs.items()}  # parts of larger tensors
+    layout["delta"] = inputs["delta"].movedim(3, 0).contiguous().movedim(0, 3)  # directions outermost
+    assert_close(all_results(layout, False), expected, 1e-7, 1e-6)
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------------
+
+CASES = [
+    ({"b": 1, "h": 61, "w": 47, "d": 192, "n": 16}, False),
+    ({"b": 3, "h": 30, "w": 62, "d": 20, "n": 5}, True),
+    ({"b": 2, "h": 33, "w": 70, "d": 35, "n": 17}, False),
+    ({"b": 1, "h": 1, "w": 300, "d": 8, "n": 8}, False),
+    ({"b": 1, "h": 300, "w": 1, "d": 8, "n": 8}, False),
+    ({"b": 2, "h": 40, "w": 40, "d": 24, "n": 16, "low": -30.0, "high": -5.0}, False),
+    ({"b": 2, "h": 40, "w": 40, "d": 24, "n": 16, "low": 5.0, "high": 60.0}, True),
+]
+
+
+def reference(inputs, local):
+    doubled = {name: x.double() for name, x in inputs.items()}
+    return value_and_gradients(ss2d_scan, doubled, local=local, backend="torch")
+
+
+@needs_gpu
+@pytest.mark.parametrize(("shape", "local"), CASES)
+@pytest.mark.parametrize("number", [1e-6, None, 1000])
+def test_large_maps_however_they_are_cut(shape, local, number, monkeypatch):
+    if number is not None:
+        programs(monkeypatch, number)
+    inputs = make_inputs(**shape, device=DEVICE)
+    assert (chunks(inputs, local) == 1) == (number == 1e-6) or number is None
+    assert_close(all_results(inputs, local), reference(inputs, local))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("local", [False, True])
+def test_half_inputs_are_computed_in_single_precision(dtype, local):
+    inputs = make_inputs(h=40, w=50, d=40, n=16, device=DEVICE)
+    inputs |= {name: inputs[name].to(dtype) for name in ("u", "delta", "B", "C")}
+    y, gradients = value_and_gradients(ss2d_scan, inputs, local=local, backend="triton")
+    expected = reference(inputs, local)
+    assert y.dtype == torch.float32 and relative(y, expected[0]) <= 1e-5
+    for name, x in gradients.items():
+        assert x.dtype == inputs[name].dtype
+        # Only the last rounding is left.
+        assert relative(x, expected[1][name]) <= (1e-4 if x.dtype == torch.float32 else torch.finfo(dtype).eps), name
+
+
+@needs_gpu
+def test_the_forward_pass_is_deterministic():
+    inputs = make_inputs(h=60, w=60, d=96, n=16, device=DEVICE)
+    first = kernels.forward(*inputs.values(), False)[0]
+    assert all(torch.equal(first, kernels.forward(*inputs.values(), False)[0]) for _ in range(5))
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", ["plain", "directions outermost", "part"])
+@pytest.mark.parametrize("local", [False, True])
+def test_the_operator_passes_torchs_own_checks(local, layout, monkeypatch):
+    monkeypatch.undo()  # those checks compare fresh memory
+    inputs = make_inputs(h=30, w=40, d=17, n=5, device=DEVICE)
+    if layout == "directions outermost":
+        inputs["delta"] = inputs["delta"].movedim(3, 0).contiguous().movedim(0, 3)
+    elif layout == "part":
+        inputs |= {n: torch.cat((inputs[n],) * 2, -1)[..., : inputs[n].shape[-1]] for n in ("delta", "B", "C")}
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    torch.library.opcheck(torch.ops.glmamba.ss2d_scan.default, (*inputs.values(), local), rtol=1e-4, atol=1e-4)
