@@ -34,6 +34,7 @@ def test_norm_gate_is_layer_norm_times_silu():
     torch.nn.init.normal_(norm.bias)
     y, gate = 3 + 2 * numbers(2, 5, 4, 7), numbers(2, 5, 4, 7, seed=1)
     torch.testing.assert_close(norm_gate(y, norm.weight, norm.bias, gate), norm(y) * F.silu(gate))
+    torch.testing.assert_close(norm_gate(y, norm.weight, norm.bias), norm(y))
 
 
 def test_bias_silu_adds_what_is_left():
@@ -78,22 +79,25 @@ TOLERANCES = [(torch.float32, 1e-5, 1e-4)] + ([(torch.bfloat16, 1e-2, 1e-2)] if 
 
 
 @needs_kernels
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("shape", shapes())
 @pytest.mark.parametrize(("dtype", "forward", "gradient"), TOLERANCES)
-def test_norm_gate_kernels(shape, dtype, forward, gradient, monkeypatch):
+def test_norm_gate_kernels(shape, dtype, forward, gradient, gated, monkeypatch):
     from glmamba_monai.ops import triton_pointwise as kernels
 
     monkeypatch.setattr(kernels, "TILE", 64 if INTERPRETED else kernels.TILE)
     channels = shape[-1]
     y, weight, bias, dout = numbers(*shape), numbers(channels, seed=1), numbers(channels, seed=2), numbers(*shape)
     wide = numbers(*shape[:-1], 2 * channels, seed=3).to(dtype)  # the gate as a part of wider rows
-    leaves = [x.requires_grad_() for x in (y, weight, bias, wide[..., channels:].double())]
+    leaves = [x.requires_grad_() for x in (y, weight, bias, wide[..., channels:].double())][: 3 + gated]
     expected = norm_gate(*leaves)
     gradients = torch.autograd.grad(expected, leaves, dout)
-    given = [x.detach().float().to(DEVICE) for x in (y, weight, bias)] + [wide.to(DEVICE)[..., channels:]]
+    given = [x.detach().float().to(DEVICE) for x in (y, weight, bias)] + [
+        wide.to(DEVICE)[..., channels:] if gated else None
+    ]
     assert relative(kernels.norm_gate_forward(*given, 1e-5), expected.detach()) <= forward
     found = kernels.norm_gate_backward(dout.to(DEVICE, dtype), *given, 1e-5)
-    assert [x.dtype for x in found] == [torch.float32] * 3 + [dtype]
+    assert [x.dtype for x in found[: 3 + gated]] == ([torch.float32] * 3 + [dtype])[: 3 + gated]
     for name, x, e in zip(("y", "weight", "bias", "gate"), found, gradients):
         assert relative(x, e) <= gradient, name
 
@@ -123,7 +127,11 @@ def test_bias_silu_kernels(shape, dtype, forward, gradient, with_residual, monke
 def test_the_operators_equal_the_definition_with_all_gradients():
     shapes = [(4, 9, 24), (24,), (24,), (4, 9, 24), (4, 9, 24)]
     y, w, b, gate, residual = (numbers(*shape, seed=i) for i, shape in enumerate(shapes))
-    for call in (lambda y, w, b, g, r: norm_gate(y, w, b, g), lambda y, w, b, g, r: bias_silu(y, b, r)):
+    for call in (
+        lambda y, w, b, g, r: norm_gate(y, w, b, g),
+        lambda y, w, b, g, r: norm_gate(y, w, b),
+        lambda y, w, b, g, r: bias_silu(y, b, r),
+    ):
         results = []
         for device, dtype in (("cuda", torch.float32), ("cpu", torch.float64)):
             leaves = [x.detach().to(device, dtype).requires_grad_() for x in (y, w, b, gate, residual)]

@@ -6,7 +6,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from glmamba_monai.ops import backend_report, backends, deform_conv2d, format_backend_report, ss2d_scan
+from glmamba_monai.ops import (
+    backend_report,
+    backends,
+    deform_conv2d,
+    format_backend_report,
+    projected_ss2d_scan,
+    ss2d_scan,
+)
 from glmamba_monai.ops.backends import select_backend
 
 OPERATOR = torch.ops.glmamba.ss2d_scan.default
@@ -479,3 +486,33 @@ def test_compiled_on_cuda_equals_eager_with_all_gradients():
     for dynamic in (False, True):
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         assert_close(value_and_gradients(compiled, inputs), value_and_gradients(module, inputs), 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_the_projected_scan_is_the_scan_of_the_projection(backend):
+    if backend == "native":
+        pytest.importorskip("glmamba_monai.ops.native").load()
+    g = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 6, 5), (2, 4, 6, 4, 3), (4, 5, 3), (4, 5, 2), (2, 4, 6, 4, 2), (2, 4, 6, 4, 2), (4, 5), (4, 5)]
+    inputs = [torch.randn(*shape, generator=g) for shape in shapes]
+    inputs[3] = -torch.exp(inputs[3])
+    results = []
+    for projected in (True, False):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        u, dt, dt_proj, *others = leaves
+        if projected:
+            y = projected_ss2d_scan(u, dt, dt_proj, *others, local=True, backend=backend)
+        else:
+            y = ss2d_scan(u, torch.einsum("bhwkr,kdr->bhwkd", dt, dt_proj), *others, local=True, backend=backend)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_projected_scan_does_not_keep_the_time_step():
+    kept = []
+    u, dt, dt_proj = torch.randn(1, 8, 8, 16), torch.randn(1, 8, 8, 4, 2, requires_grad=True), torch.randn(4, 16, 2)
+    B = torch.randn(1, 8, 8, 4, 3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        projected_ss2d_scan(u, dt, dt_proj, -torch.rand(4, 16, 3), B, B, torch.ones(4, 16), torch.zeros(4, 16))
+    assert backends.select_backend("ss2d_scan", False) == "torch" or max(kept) < 4 * u.numel()

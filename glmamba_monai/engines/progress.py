@@ -34,13 +34,16 @@ class LossCurve:
     INTERVAL = 50
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self.writer = None if folder is None else SummaryWriter(str(folder))
+        self.folder = folder
+        self.writer: SummaryWriter | None = None
 
     def attach(self, engine: Workflow) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
 
     def epoch_started(self, engine: Workflow) -> None:
+        if self.writer is None and self.folder is not None:  # not before: bad data shall leave no folder behind
+            self.writer = SummaryWriter(str(self.folder))
         self.unread: list[torch.Tensor] = []
         self.total = 0.0
 

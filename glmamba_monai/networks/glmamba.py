@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glmamba_monai.ops import bias_silu, deform_conv2d, norm_gate, ss2d_scan
+from glmamba_monai.ops import bias_silu, deform_conv2d, norm_gate, projected_ss2d_scan
 
 K = 4  # left to right, top to bottom, and both reversed
 EXPANSION = 2  # D = 2C
@@ -62,11 +62,10 @@ class SS2D(nn.Module):
         # One product for all directions: what a position contributes does not depend on when it is visited.
         rows = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2])
         dt, b, c = torch.split(rows, [self.dt_rank, self.d_state, self.d_state], dim=4)  # (B, H, W, K, R | N | N)
-        # Row by row: the gradient of dt_proj, tiny and over all positions, is then a sum of many small products.
-        delta = torch.matmul(dt.permute(3, 0, 1, 2, 4), self.dt_proj.transpose(1, 2)[:, None, None])  # (K, B, H, W, D)
-        return ss2d_scan(
+        return projected_ss2d_scan(
             x,
-            delta.permute(1, 2, 3, 0, 4),
+            dt,
+            self.dt_proj,
             -torch.exp(self.A_log).view(-1, x.shape[3], self.d_state),
             b,
             c,
@@ -144,7 +143,7 @@ class MambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to the same shape."""
-        h = self.norm(x)
+        h = norm_gate(x, self.norm.weight, self.norm.bias)
         # The depthwise convolution sees the whole map; only the scan is cut into quadrants.
         u = self.ss2d(self.depthwise(self.to_scan(h)))
         y = self.to_out(norm_gate(u, self.scan_norm.weight, self.scan_norm.bias, self.to_gate(h)))

@@ -4,7 +4,7 @@ from glmamba_monai.ops.backends import backend_report, format_backend_report, re
 from glmamba_monai.ops.deform_conv import deform_conv2d
 from glmamba_monai.ops.pointwise import bias_silu, norm_gate
 from glmamba_monai.ops.selective_scan import selective_scan
-from glmamba_monai.ops.ss2d import ss2d_scan
+from glmamba_monai.ops.ss2d import projected_ss2d_scan, ss2d_scan
 
 __all__ = [
     "backend_report",
@@ -12,6 +12,7 @@ __all__ = [
     "deform_conv2d",
     "format_backend_report",
     "norm_gate",
+    "projected_ss2d_scan",
     "require_backends",
     "selective_scan",
     "ss2d_scan",

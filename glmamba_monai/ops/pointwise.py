@@ -3,6 +3,8 @@
 The backends do the same sums; `"torch"` is the definition.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,20 +15,20 @@ __all__ = ["bias_silu", "norm_gate"]
 
 
 def norm_gate(
-    y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float = 1e-5, backend: str | None = None
+    y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None = None, eps: float = 1e-5, backend: str | None = None
 ) -> Tensor:
-    """LayerNorm over the last axis, times SiLU of the gate, computed in float32 (float64 stays).
+    """LayerNorm over the last axis, times SiLU of a gate, computed in float32 (float64 stays).
 
     Args:
         y: `(..., D)`, what is normalised.
         weight: `(D,)`, scale after the normalisation.
         bias: `(D,)`, shift after it.
-        gate: `(..., D)`, before SiLU.
+        gate: `(..., D)`, before SiLU; None for no gate.
         eps: added to the variance.
         backend: `"triton"`, `"torch"` or None (environment variable, else automatic).
 
     Returns:
-        `(..., D)` in the dtype of `gate`.
+        `(..., D)` in the dtype of `gate`, or of `y` without one.
 
     Raises:
         ValueError: the shapes differ, or the backend's name is unknown.
@@ -34,7 +36,7 @@ def norm_gate(
 
     Source: GLMamba, Fig. 2A.
     """
-    if y.shape != gate.shape:
+    if gate is not None and y.shape != gate.shape:
         raise ValueError(f"gate: found shape {list(gate.shape)}, expected that of y, {list(y.shape)}")
     if torch.jit.is_scripting():
         pass  # the definition below
@@ -42,6 +44,8 @@ def norm_gate(
         return torch.ops.glmamba.norm_gate(y, weight, bias, gate, eps)
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     normed = F.layer_norm(y.to(dtype), [y.shape[-1]], weight.to(dtype), bias.to(dtype), eps)
+    if gate is None:
+        return normed.to(y.dtype)
     return (normed * F.silu(gate.to(dtype))).to(gate.dtype)
 
 
@@ -76,68 +80,79 @@ def bias_silu(x: Tensor, bias: Tensor, residual: Tensor | None = None, backend: 
 
 # --- backend "triton", as operators that autograd, torch.compile and fake tensors know ----------------------------
 
+torch.library.define("glmamba::norm_gate", "(Tensor y, Tensor weight, Tensor bias, Tensor? gate, float eps) -> Tensor")
+torch.library.define(
+    "glmamba::norm_gate_backward",
+    "(Tensor dout, Tensor y, Tensor weight, Tensor bias, Tensor? gate, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define("glmamba::bias_silu", "(Tensor x, Tensor bias, Tensor? residual) -> Tensor")
+torch.library.define("glmamba::bias_silu_backward", "(Tensor dout, Tensor x, Tensor bias) -> (Tensor, Tensor)")
 
-@torch.library.custom_op("glmamba::norm_gate", mutates_args=(), device_types="cuda")
-def _norm_gate(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float) -> Tensor:
+
+@torch.library.impl("glmamba::norm_gate", "cuda")
+def _norm_gate(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, eps: float) -> Tensor:
     return backends.load_backend("pointwise", "triton").norm_gate_forward(y, weight, bias, gate, eps)
 
 
-@torch.library.custom_op("glmamba::norm_gate_backward", mutates_args=(), device_types="cuda")
+@torch.library.impl("glmamba::norm_gate_backward", "cuda")
 def _norm_gate_backward(
-    dout: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float
+    dout: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return backends.load_backend("pointwise", "triton").norm_gate_backward(dout, y, weight, bias, gate, eps)
 
 
-@torch.library.custom_op("glmamba::bias_silu", mutates_args=(), device_types="cuda")
+@torch.library.impl("glmamba::bias_silu", "cuda")
 def _bias_silu(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     return backends.load_backend("pointwise", "triton").bias_silu_forward(x, bias, residual)
 
 
-@torch.library.custom_op("glmamba::bias_silu_backward", mutates_args=(), device_types="cuda")
+@torch.library.impl("glmamba::bias_silu_backward", "cuda")
 def _bias_silu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return backends.load_backend("pointwise", "triton").bias_silu_backward(dout, x, bias)
 
 
-@_norm_gate.register_fake
-def _(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float) -> Tensor:
-    return torch.empty(y.shape, dtype=gate.dtype, device=y.device)
+@torch.library.register_fake("glmamba::norm_gate")
+def _fake_norm_gate(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, eps: float) -> Tensor:
+    return torch.empty(y.shape, dtype=y.dtype if gate is None else gate.dtype, device=y.device)
 
 
-@_norm_gate_backward.register_fake
-def _(dout: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float) -> tuple[Tensor, ...]:
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
+@torch.library.register_fake("glmamba::norm_gate_backward")
+def _fake_norm_gate_backward(
+    dout: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dgate = y.new_empty(0) if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
     return torch.empty(y.shape, dtype=y.dtype, device=y.device), torch.empty_like(weight), torch.empty_like(bias), dgate
 
 
-@_bias_silu.register_fake
-def _(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+@torch.library.register_fake("glmamba::bias_silu")
+def _fake_bias_silu(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@_bias_silu_backward.register_fake
-def _(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("glmamba::bias_silu_backward")
+def _fake_bias_silu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(bias)
 
 
-def _save_norm_gate(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save_norm_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.eps = inputs[4]
 
 
-def _differentiate_norm_gate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.glmamba.norm_gate_backward(dout, *ctx.saved_tensors, ctx.eps), None
+def _differentiate_norm_gate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    dy, dweight, dbias, dgate = torch.ops.glmamba.norm_gate_backward(dout, *ctx.saved_tensors, ctx.eps)
+    return dy, dweight, dbias, None if ctx.saved_tensors[3] is None else dgate, None
 
 
-def _save_bias_silu(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save_bias_silu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0], inputs[1])
     ctx.residual_dtype = None if inputs[2] is None else inputs[2].dtype
 
 
-def _differentiate_bias_silu(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_bias_silu(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     dx, dbias = torch.ops.glmamba.bias_silu_backward(dout, *ctx.saved_tensors)
     return dx, dbias, None if ctx.residual_dtype is None else dout.to(ctx.residual_dtype)
 
 
-_norm_gate.register_autograd(_differentiate_norm_gate, setup_context=_save_norm_gate)
-_bias_silu.register_autograd(_differentiate_bias_silu, setup_context=_save_bias_silu)
+torch.library.register_autograd("glmamba::norm_gate", _differentiate_norm_gate, setup_context=_save_norm_gate)
+torch.library.register_autograd("glmamba::bias_silu", _differentiate_bias_silu, setup_context=_save_bias_silu)

@@ -16,7 +16,7 @@ from torch import Tensor
 from glmamba_monai.ops import backends, native
 from glmamba_monai.ops.selective_scan import selective_scan
 
-__all__ = ["ss2d_scan"]
+__all__ = ["projected_ss2d_scan", "ss2d_scan"]
 
 
 def ss2d_scan(
@@ -278,3 +278,98 @@ _IMPLEMENTATIONS = {
     "native": _native_ss2d,
     "torch": _torch_ss2d,
 }
+
+
+# --- the time step in its low-rank form ---------------------------------------------------------------------------
+
+
+def projected_ss2d_scan(
+    u: Tensor,
+    dt: Tensor,
+    dt_proj: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    local: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`ss2d_scan` with the time step `delta = dt dt_proj^T`.
+
+    `delta` is the largest map of all, four times `u`: the kernels' training step does not keep it, but makes it again.
+
+    Args:
+        u: input, `(B, H, W, D)`.
+        dt: `(B, H, W, K, R)`.
+        dt_proj: `(K, D, R)`.
+        A, B, C, D, delta_bias, local, backend: as in :func:`ss2d_scan`.
+
+    Returns:
+        y, `(B, H, W, D)`, as :func:`ss2d_scan`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`ss2d_scan`.
+    """
+    if torch.jit.is_scripting():
+        return ss2d_scan(u, _project(dt, dt_proj), A, B, C, D, delta_bias, local, backend)
+    else:  # TorchScript compiles one branch only
+        name = "torch" if u.is_meta else backends.select_backend("ss2d_scan", u.is_cuda, backend, u.dtype)
+        if name in ("torch", "mamba_ssm"):
+            return ss2d_scan(u, _project(dt, dt_proj), A, B, C, D, delta_bias, local, backend)
+        return _ProjectedScan.apply(u, dt, dt_proj, A, B, C, D, delta_bias, local)
+
+
+def _project(dt: Tensor, dt_proj: Tensor) -> Tensor:
+    """`delta`, `(B, H, W, K, D)`, in the dtype of `dt`.
+
+    A product for each row of the map: the gradient of dt_proj, tiny and over all positions, is then a sum of many
+    small products, not a single one that few of a GPU's processors could work at.
+    """
+    weight = dt_proj.to(dt.dtype).transpose(1, 2)[:, None, None]  # (K, 1, 1, R, D)
+    return torch.matmul(dt.permute(3, 0, 1, 2, 4), weight).permute(1, 2, 3, 0, 4)
+
+
+class _ProjectedScan(torch.autograd.Function):
+    """The operator `glmamba::ss2d_scan` behind `_project`, keeping `dt` in place of `delta`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        dt: Tensor,
+        dt_proj: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        delta_bias: Tensor,
+        local: bool,
+    ) -> Tensor:
+        half = u.is_cuda and u.dtype in (torch.float16, torch.bfloat16)
+        sequences = [x if half else x.float() for x in (u, dt, B, C)]
+        weights = [x.float() for x in (dt_proj, A, D, delta_bias)]
+        ctx.dtypes = [x.dtype for x in (u, dt, dt_proj, A, B, C, D, delta_bias)]
+        u, dt, B, C = sequences
+        dt_proj, A, D, delta_bias = weights
+        with torch.autocast(u.device.type, enabled=False):
+            delta = _project(dt, dt_proj)
+            _check_shapes(u, delta, A, B, C, D, delta_bias, local)
+            y, states, time_steps = torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, delta_bias, local)
+        ctx.save_for_backward(u, dt, dt_proj, A, B, C, D, delta_bias, states, time_steps)
+        ctx.local = local
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        u, dt, dt_proj, A, B, C, D, delta_bias, states, time_steps = ctx.saved_tensors
+        with torch.autocast(u.device.type, enabled=False):
+            du, ddelta, *others = torch.ops.glmamba.ss2d_scan_backward.default(
+                grad_y, u, _project(dt, dt_proj), A, B, C, D, delta_bias, ctx.local, states, time_steps
+            )
+            ddelta = ddelta.permute(3, 0, 1, 2, 4)  # (K, B, H, W, D)
+            ddt = torch.matmul(ddelta, dt_proj.to(ddelta.dtype)[:, None, None]).permute(1, 2, 3, 0, 4)
+            rows = torch.matmul(ddelta.transpose(3, 4), dt.permute(3, 0, 1, 2, 4))  # (K, B, H, D, R)
+            gradients = [du, ddt, rows.float().sum((1, 2)), *others]
+        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None

@@ -41,20 +41,24 @@ def _normalised(y, place, valid, channels, eps):
 
 @triton.jit
 def _norm_gate_kernel(
-    y, weight, bias, gate, out, rows, channels, gate_row, eps, ROWS: tl.constexpr, CHANNELS: tl.constexpr
-):
+    y, weight, bias, gate, out, rows, channels, gate_row, eps,
+    GATE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     row, d, valid = _rows(tl.program_id(0), rows, channels, ROWS, CHANNELS)
     w = tl.load(weight + d, mask=d < channels, other=0.0)[None, :]
     b = tl.load(bias + d, mask=d < channels, other=0.0)[None, :]
     x, _ = _normalised(y, row * channels + d[None, :], valid, channels, eps)
-    g = tl.load(gate + row * gate_row + d[None, :], mask=valid, other=0.0).to(tl.float32)
-    tl.store(out + row * channels + d[None, :], (x * w + b) * (g * _sigmoid(g)), mask=valid)
+    x = x * w + b
+    if GATE:
+        g = tl.load(gate + row * gate_row + d[None, :], mask=valid, other=0.0).to(tl.float32)
+        x *= g * _sigmoid(g)
+    tl.store(out + row * channels + d[None, :], x, mask=valid)
 
 
 @triton.jit
 def _norm_gate_backward_kernel(
     dout, y, weight, bias, gate, dy, dgate, dweight, dbias, rows, channels, gate_row, eps,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    GATE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, CHANNELS)
     w = tl.load(weight + d, mask=d < channels, other=0.0)[None, :]
@@ -65,11 +69,12 @@ def _norm_gate_backward_kernel(
         row, d, valid = _rows(tile, rows, channels, ROWS, CHANNELS)
         place = row * channels + d[None, :]
         x, scale = _normalised(y, place, valid, channels, eps)
-        g = tl.load(gate + row * gate_row + d[None, :], mask=valid, other=0.0).to(tl.float32)
-        do = tl.load(dout + place, mask=valid, other=0.0).to(tl.float32)
-        sigmoid = _sigmoid(g)
-        tl.store(dgate + place, do * (x * w + b) * (sigmoid * (1.0 + g * (1.0 - sigmoid))), mask=valid)
-        dn = do * (g * sigmoid)  # gradient of the normalised, scaled and shifted row
+        dn = tl.load(dout + place, mask=valid, other=0.0).to(tl.float32)
+        if GATE:
+            g = tl.load(gate + row * gate_row + d[None, :], mask=valid, other=0.0).to(tl.float32)
+            sigmoid = _sigmoid(g)
+            tl.store(dgate + place, dn * (x * w + b) * (sigmoid * (1.0 + g * (1.0 - sigmoid))), mask=valid)
+            dn *= g * sigmoid  # from here on the gradient of the normalised, scaled and shifted row
         dw_sum += dn * x
         db_sum += dn
         dx = dn * w
@@ -135,35 +140,38 @@ def _programs(x: Tensor, tiles: int) -> int:
     return max(1, min(tiles, PROGRAMS_PER_PROCESSOR * processors))
 
 
-def norm_gate_forward(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float) -> Tensor:
+def norm_gate_forward(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, eps: float) -> Tensor:
     """See :func:`glmamba_monai.ops.norm_gate`."""
     rows, channels, constants = _shape(y)
     y = y.contiguous()
-    gate, gate_row = _even_rows(gate)
-    out = torch.empty(y.shape, dtype=gate.dtype, device=y.device)
+    flat_gate, gate_row = (y, channels) if gate is None else _even_rows(gate)
+    out = torch.empty(y.shape, dtype=flat_gate.dtype, device=y.device)
     if rows:
         with torch.cuda.device_of(y):
             _norm_gate_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
-                y, weight.float(), bias.float(), gate, out, rows, channels, gate_row, eps, **constants
+                *(y, weight.float(), bias.float(), flat_gate, out, rows, channels, gate_row, eps),
+                GATE=gate is not None,
+                **constants,
             )
     return out
 
 
 def norm_gate_backward(
-    dout: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float
+    dout: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of y, weight, bias and gate."""
+    """Gradients of y, weight, bias and gate (of no gate: an empty tensor)."""
     rows, channels, constants = _shape(y)
     y, dout = y.contiguous(), dout.contiguous()
-    flat_gate, gate_row = _even_rows(gate)
+    flat_gate, gate_row = (y, channels) if gate is None else _even_rows(gate)
     dy = torch.empty_like(y)
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
+    dgate = y.new_empty(0) if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
     programs = _programs(y, triton.cdiv(rows, constants["ROWS"]))
     dweight, dbias = (y.new_empty(programs, channels, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(y):
         _norm_gate_backward_kernel[(programs,)](
             *(dout, y, weight.float(), bias.float(), flat_gate, dy, dgate, dweight, dbias),
             *(rows, channels, gate_row, eps),
+            GATE=gate is not None,
             **constants,
         )
     return dy, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dgate

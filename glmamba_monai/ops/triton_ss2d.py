@@ -16,7 +16,9 @@ a_t g_t, the gradient of the state before step t.
 Sizes, what limits each kernel and what was tried: docs/performance.md.
 """
 
-from typing import Any
+# ruff: noqa: ANN001, ANN202 (types of the kernels' arguments are Triton's)
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -220,7 +222,7 @@ def _carry_kernel(
     next_raw = _tile(delta, position, delta_token, d, t_valid, d_valid)
     next_x = _tile(source, position, channels, d, t_valid, d_valid)
     next_m = _tile(matrix, position, matrix_token, n, t_valid, n_valid)
-    for j in range((end - begin) * tl.cdiv(length, TOKENS)):
+    for _ in range((end - begin) * tl.cdiv(length, TOKENS)):
         dt, _ = _time_step(next_raw, bias, t_valid)
         x, m = next_x.to(tl.float32), next_m.to(tl.float32)
         # The next tile's numbers travel while this one is computed.
@@ -236,7 +238,7 @@ def _carry_kernel(
             drive = (dt * x)[:, :, None, :] * m[:, None, :, None]
             total += dt
         for s in tl.static_range(TOKENS):
-            if ADJOINT:
+            if ADJOINT:  # noqa: SIM108 (a branch of the compilation)
                 state = _row(decay, s) * (state + _row(drive, s))
             else:
                 state = _row(decay, s) * state + _row(drive, s)
@@ -320,7 +322,7 @@ def _forward_kernel(
         next_c = _tile(C_k, position, C_token, n, t_valid, n_valid)
         added = tl.full((TOKENS,), backwards, tl.int32) > 0  # to what the first direction wrote
         next_y = _tile(y, position, channels, d, t_valid & added, d_valid)
-        for j in range((end - begin) * tl.cdiv(length, TOKENS)):
+        for _ in range((end - begin) * tl.cdiv(length, TOKENS)):
             dt, _ = _time_step(next_raw, bias, t_valid)
             x, b, c = next_x.to(tl.float32), next_b.to(tl.float32), next_c.to(tl.float32)
             place = y + position[:, None, None] * channels + d[None]
@@ -463,7 +465,7 @@ def _backward_kernel(
         next_c = _tile(C_k, position, C_token, n, t_valid, n_valid)
         added = tl.full((TOKENS,), backwards, tl.int32) > 0  # to what the first direction wrote
         next_du = _tile(du, position, channels, d, t_valid & added, d_valid)
-        next_state = _load_states(starts + (tiles - 1) * states * channels, state_valid)
+        next_state = _load_states(starts + tl.maximum(tiles - 1, 0) * states * channels, state_valid)
         for j in range(tiles):
             dt, raw = _time_step(next_raw, bias, t_valid)
             x, dout, state, before = next_x.to(tl.float32), next_dy.to(tl.float32), next_state, next_du
@@ -523,22 +525,33 @@ def _backward_kernel(
 
 # --- launches ----------------------------------------------------------------------------------------------------
 
-# Tokens, channel groups, channels across lanes, register limit
-CARRY = (8, 1, 8, None)
-CARRY_HALF = (4, 1, 32, None)
-FORWARD = (4, 1, 32, None)
-BACKWARD = (4, 2, 8, None)
-PROGRAMS = 12  # programs (of one warp) of the forward kernel for each multiprocessor
+
+class Tile(NamedTuple):
+    """What a kernel computes at once.
+
+    Args:
+        tokens: steps of the recurrence, in a thread's registers.
+        channels: channels across a warp's lanes; the lanes left over share the states.
+        groups: so many times that number of channels, in a thread's registers.
+    """
+
+    tokens: int
+    channels: int
+    groups: int = 1
+
+    def blocks(self, channels: int) -> int:
+        return triton.cdiv(channels, self.channels * self.groups)
+
+    def constants(self) -> dict[str, int]:
+        return {"TOKENS": self.tokens, "GROUPS": self.groups, "CHANNELS": self.channels, "num_warps": 1}
 
 
-def _shape(config):
-    tokens, groups, lanes, registers = config
-    c = {"TOKENS": tokens, "GROUPS": groups, "CHANNELS": lanes, "num_warps": 1}
-    return {**c, "maxnreg": registers} if registers else c
-
-
-def _blocks(channels, config):
-    return triton.cdiv(channels, config[1] * config[2])
+# Measured on an H200 (docs/performance.md). CARRY is by bytes of a number of u: 8 channels of 2 bytes would leave half
+# of each 32-byte sector unused.
+CARRY = {4: Tile(8, 8), 2: Tile(4, 32)}
+FORWARD = Tile(4, 32)
+BACKWARD = Tile(4, 8, 2)
+PROGRAMS = 12  # programs (of one warp each) of the forward kernel that there shall be for each multiprocessor
 
 
 class _Launch:
@@ -551,31 +564,26 @@ class _Launch:
         self.channels = channels
         self.regions = 4 * batch if local else batch
         processors = torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 4
-        chunks = max(1, round(processors * PROGRAMS / (2 * self.regions * _blocks(channels, FORWARD))))
+        chunks = max(1, round(processors * PROGRAMS / (2 * self.regions * FORWARD.blocks(channels))))
         self.longest = max(height, width)
         self.chunk = triton.cdiv(self.longest, chunks)  # lines of a chunk
         self.chunks = triton.cdiv(self.longest, self.chunk)
         self.sizes = (channels, self.states, height, width, map_height, map_width)
         self.sizes += (batch * map_height * map_width, self.chunks, self.chunk)
-        self.constants = {
-            "LOCAL": local,
-            "STATES": triton.next_power_of_2(self.states),
-        }
+        self.constants = {"LOCAL": local, "STATES": triton.next_power_of_2(self.states)}
 
     def zeros_per_chunk(self, like: Tensor, *shape: int) -> Tensor:
         return like.new_zeros(self.regions, 4, self.chunks, *shape, dtype=torch.float32)
 
     def carry(self, *pointers: Any, strides: tuple[int, ...], adjoint: bool) -> None:
         if self.chunks > 1:
-            config = CARRY_HALF if pointers[0].dtype.itemsize == 2 else CARRY
-            grid = (_blocks(self.channels, config), self.chunks - 1, 4 * self.regions)
-            _carry_kernel[grid](
-                *pointers, *self.sizes, *strides, ADJOINT=adjoint, **_shape(config), **self.constants
-            )
+            tile = CARRY[pointers[0].dtype.itemsize]
+            grid = (tile.blocks(self.channels), self.chunks - 1, 4 * self.regions)
+            _carry_kernel[grid](*pointers, *self.sizes, *strides, ADJOINT=adjoint, **tile.constants(), **self.constants)
 
-    def both_axes(self, kernel: Any, *pointers: Any, strides: tuple[int, ...], config: tuple) -> None:
-        grid = (_blocks(self.channels, config), self.chunks, 2 * self.regions)
-        kernel[grid](*pointers, *self.sizes, *strides, **_shape(config), **self.constants)
+    def both_axes(self, kernel: Any, tile: Tile, *pointers: Any, strides: tuple[int, ...]) -> None:
+        grid = (tile.blocks(self.channels), self.chunks, 2 * self.regions)
+        kernel[grid](*pointers, *self.sizes, *strides, **tile.constants(), **self.constants)
 
 
 def _per_token(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -608,9 +616,9 @@ def forward(
         )
         launch.both_axes(
             _forward_kernel,
+            FORWARD,
             *(u, delta, rate, B, C, D, delta_bias, carries, time_steps, y),
             strides=(*delta_strides, *B_strides, *C_strides),
-            config=FORWARD,
         )
     return y.sum(0), carries, time_steps
 
@@ -634,7 +642,7 @@ def backward(
     (delta, delta_strides), (B, B_strides), (C, C_strides) = _per_token(delta), _per_token(B), _per_token(C)
     rate = (A.float() * LOG2_E.value).transpose(1, 2).contiguous()
     D, delta_bias = D.float().contiguous(), delta_bias.float().contiguous()
-    tiles = launch.chunk * triton.cdiv(launch.longest, BACKWARD[0])
+    tiles = launch.chunk * triton.cdiv(launch.longest, BACKWARD.tokens)
     adjoint_carries = torch.zeros_like(carries)
     starts = u.new_empty(launch.regions, 2, launch.chunks, tiles, *carries.shape[3:], dtype=torch.float32)
     du = torch.empty((2, *u.shape), dtype=torch.float32, device=u.device)
@@ -649,9 +657,9 @@ def backward(
         )
         launch.both_axes(
             _backward_kernel,
+            BACKWARD,
             *(dy, u, delta, rate, B, C, D, delta_bias, carries, adjoint_carries, time_steps, tiles, starts),
             *(du, ddelta, dB, dC, dA, dD, dbias),
             strides=(*delta_strides, *B_strides, *C_strides),
-            config=BACKWARD,
         )
     return du.sum(0), ddelta, dA.sum((0, 2)).transpose(1, 2), dB, dC, dD.sum((0, 2)), dbias.sum((0, 2))
