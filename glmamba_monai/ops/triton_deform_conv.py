@@ -329,7 +329,7 @@ def _weight_backward_kernel(
         tile += splits
     for j in tl.static_range(GROUP):
         to = partial + ((split * TAPS + first + j) * N).to(tl.int64) * C + n[:, None] * C + c[None, :]
-        tl.store(to, totals[j], (n < N)[:, None] & (c < C)[None, :] & (first + j < TAPS))
+        tl.store(to, totals[j], (n < N)[:, None] & (c < tl.where(first + j < TAPS, C, 0))[None, :])
 
 
 def forward(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, pad_y: int, pad_x: int) -> Tensor:
