@@ -516,3 +516,19 @@ def test_the_projected_scan_does_not_keep_the_time_step():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         projected_ss2d_scan(u, dt, dt_proj, -torch.rand(4, 16, 3), B, B, torch.ones(4, 16), torch.zeros(4, 16))
     assert backends.select_backend("ss2d_scan", False) == "torch" or max(kept) < 4 * u.numel()
+
+
+def test_a_projection_of_another_shape_is_refused():
+    u, B = torch.zeros(1, 2, 3, 5), torch.zeros(1, 2, 3, 4, 2)
+    others = [-torch.ones(4, 5, 2), B, B, torch.zeros(4, 5), torch.zeros(4, 5)]
+    with pytest.raises(ValueError, match=r"dt_proj: found shape \[4, 6, 3\], expected \[4, 5, 3\]"):
+        projected_ss2d_scan(u, torch.zeros(1, 2, 3, 4, 3), torch.zeros(4, 6, 3), *others)
+    with pytest.raises(ValueError, match=r"dt: found shape \[1, 2, 2, 4, 3\], expected \[1, 2, 3, 4, 3\]"):
+        projected_ss2d_scan(u, torch.zeros(1, 2, 2, 4, 3), torch.zeros(4, 5, 3), *others)
+
+
+def test_devices_without_kernels_run_the_torch_form(monkeypatch):
+    elsewhere = types.SimpleNamespace(device=torch.device("mps"), is_cuda=False, dtype=torch.float32)
+    assert backends.backend_for("ss2d_scan", elsewhere) == "torch"
+    with pytest.raises(RuntimeError, match="asked to run on 'native', but on mps only 'torch' runs"):
+        backends.backend_for("ss2d_scan", elsewhere, "native")

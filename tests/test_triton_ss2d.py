@@ -97,6 +97,17 @@ def test_any_memory_layout_is_accepted(monkeypatch):
     assert_close(all_results(layout, False), expected, 1e-7, 1e-6)
 
 
+@needs_kernels
+def test_a_map_of_one_column_whose_strides_say_nothing(monkeypatch):
+    programs(monkeypatch, 1e-6)
+    inputs = make_inputs(b=1, h=4, w=1, d=3, n=2, device=DEVICE)
+    expected = all_results(inputs, False)
+    # Stored as one row: the stride of the axis of one element is that of the whole map.
+    layout = {n: x.view(1, 1, 4, *x.shape[3:]).transpose(1, 2) if x.dim() > 3 else x for n, x in inputs.items()}
+    assert layout["delta"].stride(2) != inputs["delta"].stride(2)
+    assert_close(all_results(layout, False), expected, 1e-7, 1e-6)
+
+
 # --- on a GPU ----------------------------------------------------------------------------------------------------
 
 CASES = [

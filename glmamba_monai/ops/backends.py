@@ -19,6 +19,7 @@ __all__ = [
     "OPERATIONS",
     "Backend",
     "Operation",
+    "backend_for",
     "backend_report",
     "format_backend_report",
     "require_backends",
@@ -190,7 +191,7 @@ def select_backend(
     the table that is available, meant for the tensor's device, and able to compute in the tensor's precision.
 
     Args:
-        op: `"ss2d_scan"` or `"deform_conv2d"`.
+        op: a key of `OPERATIONS`.
         tensor_is_cuda: whether the tensors are on a CUDA device.
         requested: a backend's name, or None for the environment variable or the automatic choice.
         dtype: of the tensors.
@@ -222,6 +223,20 @@ def select_backend(
             f"{source}: {op} was asked to run on {requested!r}, which computes in float32, but the tensors are "
             f"float64. Convert them, or choose 'torch'"
         )
+    return requested
+
+
+def backend_for(op: str, tensor: Tensor, requested: str | None = None) -> str:
+    """:func:`select_backend` for a tensor; on a device that no kernel is made for (mps, xpu, ...) `"torch"`.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: see :func:`select_backend`.
+    """
+    if tensor.device.type in DEVICES:
+        return select_backend(op, tensor.is_cuda, requested, tensor.dtype)
+    requested = requested or os.environ.get(_operation(op).variable) or "torch"
+    if requested != "torch":
+        raise RuntimeError(f"{op} was asked to run on {requested!r}, but on {tensor.device.type} only 'torch' runs")
     return requested
 
 

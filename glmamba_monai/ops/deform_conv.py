@@ -70,7 +70,7 @@ def deform_conv2d(
             raise ValueError(f"backend: found {backend}, expected 'torch' or None in a scripted module")
         y = _torch_deform(input, offset, weight, bias, pad_y, pad_x, mask)
     else:
-        name = backends.select_backend("deform_conv2d", input.is_cuda, backend, input.dtype)
+        name = backends.backend_for("deform_conv2d", input, backend)
         y = _IMPLEMENTATIONS[name](input, offset, weight, bias, pad_y, pad_x, mask)
     return y.to(input.dtype)
 

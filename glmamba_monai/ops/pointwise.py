@@ -40,7 +40,7 @@ def norm_gate(
         raise ValueError(f"gate: found shape {list(gate.shape)}, expected that of y, {list(y.shape)}")
     if torch.jit.is_scripting():
         pass  # the definition below
-    elif not y.is_meta and backends.select_backend("pointwise", y.is_cuda, backend, y.dtype) == "triton":
+    elif not y.is_meta and backends.backend_for("pointwise", y, backend) == "triton":
         return torch.ops.glmamba.norm_gate(y, weight, bias, gate, eps)
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     normed = F.layer_norm(y.to(dtype), [y.shape[-1]], weight.to(dtype), bias.to(dtype), eps)
@@ -69,7 +69,7 @@ def bias_silu(x: Tensor, bias: Tensor, residual: Tensor | None = None, backend: 
         raise ValueError(f"residual: found shape {list(residual.shape)}, expected that of x, {list(x.shape)}")
     if torch.jit.is_scripting():
         pass  # the definition below
-    elif not x.is_meta and backends.select_backend("pointwise", x.is_cuda, backend, x.dtype) == "triton":
+    elif not x.is_meta and backends.backend_for("pointwise", x, backend) == "triton":
         return torch.ops.glmamba.bias_silu(x, bias, residual)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = F.silu(x.to(dtype) + bias.to(dtype))
@@ -84,9 +84,16 @@ torch.library.define("glmamba::norm_gate", "(Tensor y, Tensor weight, Tensor bia
 torch.library.define(
     "glmamba::norm_gate_backward",
     "(Tensor dout, Tensor y, Tensor weight, Tensor bias, Tensor? gate, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.define("glmamba::bias_silu", "(Tensor x, Tensor bias, Tensor? residual) -> Tensor")
-torch.library.define("glmamba::bias_silu_backward", "(Tensor dout, Tensor x, Tensor bias) -> (Tensor, Tensor)")
+torch.library.define(
+    "glmamba::bias_silu", "(Tensor x, Tensor bias, Tensor? residual) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+torch.library.define(
+    "glmamba::bias_silu_backward",
+    "(Tensor dout, Tensor x, Tensor bias) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 @torch.library.impl("glmamba::norm_gate", "cuda")
@@ -156,3 +163,11 @@ def _differentiate_bias_silu(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...
 
 torch.library.register_autograd("glmamba::norm_gate", _differentiate_norm_gate, setup_context=_save_norm_gate)
 torch.library.register_autograd("glmamba::bias_silu", _differentiate_bias_silu, setup_context=_save_bias_silu)
+
+
+def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("norm_gate, bias_silu: their gradients cannot be differentiated again on a GPU")
+
+
+torch.library.register_autograd("glmamba::norm_gate_backward", _differentiate_twice)
+torch.library.register_autograd("glmamba::bias_silu_backward", _differentiate_twice)

@@ -65,7 +65,7 @@ def ss2d_scan(
             raise ValueError(f"backend: found {backend}, expected 'torch' or None in a scripted module")
         y = _by_sequences(u, delta, A, B, C, D, delta_bias, local, "torch")
     else:
-        name = backends.select_backend("ss2d_scan", u.is_cuda, backend, u.dtype)
+        name = backends.backend_for("ss2d_scan", u, backend)
         y = _IMPLEMENTATIONS[name](u, delta, A, B, C, D, delta_bias, local)
     return y
 
@@ -311,10 +311,12 @@ def projected_ss2d_scan(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`ss2d_scan`.
     """
+    _check_shape("dt", dt, [u.shape[0], u.shape[1], u.shape[2], 4, dt_proj.shape[-1]])
+    _check_shape("dt_proj", dt_proj, [4, u.shape[3], dt.shape[-1]])
     if torch.jit.is_scripting():
         return ss2d_scan(u, _project(dt, dt_proj), A, B, C, D, delta_bias, local, backend)
     else:  # TorchScript compiles one branch only
-        name = "torch" if u.is_meta else backends.select_backend("ss2d_scan", u.is_cuda, backend, u.dtype)
+        name = "torch" if u.is_meta else backends.backend_for("ss2d_scan", u, backend)
         if name in ("torch", "mamba_ssm"):
             return ss2d_scan(u, _project(dt, dt_proj), A, B, C, D, delta_bias, local, backend)
         return _ProjectedScan.apply(u, dt, dt_proj, A, B, C, D, delta_bias, local)

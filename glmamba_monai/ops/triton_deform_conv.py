@@ -432,7 +432,11 @@ def _arrange(weight: Tensor, order: tuple[int, int, int, int], dtype: torch.dtyp
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cudnn.allow_tf32 else EXACT
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # torch refuses to read this switch once the newer one was set
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed else EXACT
 
 
 def _geometry(input: Tensor, offset: Tensor, mask: Tensor | None, pad_y: int, pad_x: int) -> tuple[int, ...]:

@@ -586,13 +586,16 @@ class _Launch:
         kernel[grid](*pointers, *self.sizes, *strides, **tile.constants(), **self.constants)
 
 
-def _per_token(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def _per_token(name: str, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """A tensor (B, H, W, K, .) whose positions follow each other evenly, and its strides of token and direction."""
-    b, h, w, _, _ = x.shape
-    token = x.stride(2)
+    b, h, w, k, c = x.shape
+    token, direction = x.stride(2), x.stride(3)
     if x.stride(4) != 1 or x.stride(1) != w * token or (b > 1 and x.stride(0) != h * w * token):
-        x = x.contiguous()
-    return x, (x.stride(2), x.stride(3))
+        # Strides of axes of one element say nothing, also afterwards.
+        x, token, direction = x.contiguous(), k * c, c
+    if h * w * token >= 2**31:
+        raise ValueError(f"{name}: found {h * w * token} numbers an image, expected fewer than 2^31 (32-bit positions)")
+    return x, (token, direction)
 
 
 def forward(
@@ -604,7 +607,11 @@ def forward(
     """
     launch = _Launch(u, A, local)
     u = u.contiguous()
-    (delta, delta_strides), (B, B_strides), (C, C_strides) = _per_token(delta), _per_token(B), _per_token(C)
+    (delta, delta_strides), (B, B_strides), (C, C_strides) = (
+        _per_token("delta", delta),
+        _per_token("B", B),
+        _per_token("C", C),
+    )
     rate = (A.float() * LOG2_E.value).transpose(1, 2).contiguous()
     D, delta_bias = D.float().contiguous(), delta_bias.float().contiguous()
     y = torch.empty((2, *u.shape), dtype=torch.float32, device=u.device)
@@ -636,17 +643,27 @@ def backward(
     carries: Tensor,
     time_steps: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `forward` in the order of its tensors; float32, but `delta`'s in the dtype of `delta`."""
+    """Gradients of `forward` in the order of its tensors; float32, but `delta`'s in the dtype of `delta`.
+
+    Those of `B` and `C` are summed atomically, so their last bits may differ between runs.
+    """
     launch = _Launch(u, A, local)
     u, dy = u.contiguous(), dy.contiguous()
-    (delta, delta_strides), (B, B_strides), (C, C_strides) = _per_token(delta), _per_token(B), _per_token(C)
+    (delta, delta_strides), (B, B_strides), (C, C_strides) = (
+        _per_token("delta", delta),
+        _per_token("B", B),
+        _per_token("C", C),
+    )
     rate = (A.float() * LOG2_E.value).transpose(1, 2).contiguous()
     D, delta_bias = D.float().contiguous(), delta_bias.float().contiguous()
     tiles = launch.chunk * triton.cdiv(launch.longest, BACKWARD.tokens)
     adjoint_carries = torch.zeros_like(carries)
     starts = u.new_empty(launch.regions, 2, launch.chunks, tiles, *carries.shape[3:], dtype=torch.float32)
     du = torch.empty((2, *u.shape), dtype=torch.float32, device=u.device)
-    ddelta = torch.empty_strided(delta.shape, delta.stride(), dtype=delta.dtype, device=u.device)
+    _, height, width, _, _ = delta.shape
+    token, direction = delta_strides
+    strides = (height * width * token, width * token, token, direction, 1)
+    ddelta = torch.empty_strided(delta.shape, strides, dtype=delta.dtype, device=u.device)
     dB, dC = (torch.zeros(B.shape, dtype=torch.float32, device=u.device) for _ in range(2))
     dA, dD, dbias = torch.empty_like(carries), torch.empty_like(time_steps), torch.empty_like(time_steps)
     with torch.cuda.device_of(u):
