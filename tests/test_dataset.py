@@ -88,6 +88,20 @@ def test_volumes_on_disk_are_prepared_once(tmp_path, cache_rate):
     assert Count.calls == 4
 
 
+def test_half_a_file_of_the_disk_cache_is_prepared_again(tmp_path):
+    def run():
+        return [
+            v["image"].mean().item() for v in volume_dataset([{"number": 7}], Compose([Count()]), cache_dir=tmp_path)
+        ]
+
+    Count.calls = 0
+    assert run() == [7]
+    (file,) = tmp_path.glob("*.pt")
+    file.write_bytes(file.read_bytes()[:100])
+    assert run() == [7] and run() == [7]
+    assert Count.calls == 2
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_slice_of_a_volume_lies_in_one_piece(tmp_path, on_disk):
     volumes = volume_dataset([{"number": 3}], Compose([_ToVolume()]), cache_dir=tmp_path if on_disk else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -67,9 +68,13 @@ class _MappedDataset(PersistentDataset):
 
     def _cachecheck(self, item_transformed: Any) -> Any:
         file = self.cache_dir / f"{self.hash_func(item_transformed).decode()}{self.transform_hash}.pt"
-        if not file.is_file():
-            super()._cachecheck(item_transformed)  # prepares it and writes this file
-        return torch.load(file, weights_only=True, mmap=True)
+        if file.is_file():
+            try:
+                return torch.load(file, weights_only=True, mmap=True)
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # half a file: the disk was full, ...
+                file.unlink()
+        prepared = super()._cachecheck(item_transformed)  # writes the file, where it may
+        return torch.load(file, weights_only=True, mmap=True) if file.is_file() else prepared
 
 
 class SliceDraw(NamedTuple):

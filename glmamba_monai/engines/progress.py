@@ -40,6 +40,11 @@ class LossCurve:
     def attach(self, engine: Workflow) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    def completed(self, engine: Workflow) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
     def epoch_started(self, engine: Workflow) -> None:
         if self.writer is None and self.folder is not None:  # not before: bad data shall leave no folder behind

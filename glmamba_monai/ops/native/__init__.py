@@ -89,7 +89,10 @@ def _tables() -> list[_KernelTable]:
     files = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
-        raise ImportError(f"no compiled {files[0].name} in {folder}: the package was installed without a C compiler")
+        raise ImportError(
+            f"no compiled {files[0].name} in {folder}: the package was installed without a C compiler, or with another "
+            "Python"
+        )
     try:
         library = ctypes.CDLL(str(file))
         interface = library.glmamba_interface()
