@@ -257,25 +257,23 @@ torch.library.register_autograd("glmamba::ss2d_scan", _differentiate, setup_cont
 torch.library.register_autograd("glmamba::ss2d_scan_backward", _differentiate_twice)
 
 
-def _triton_ss2d(
+def _as_read(x: Tensor) -> Tensor:
+    """A sequence as the kernels read it: in float32, but on a GPU half precision as it is."""
+    return backends.for_triton(x) if x.is_cuda else x.float()
+
+
+def _kernel_ss2d(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, local: bool
 ) -> Tensor:
-    u, delta, B, C = (backends.for_triton(x) for x in (u, delta, B, C))
+    u, delta, B, C = (_as_read(x) for x in (u, delta, B, C))
     A, D, delta_bias = A.float(), D.float(), delta_bias.float()
     return torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, delta_bias, local)[0]
 
 
-def _native_ss2d(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, local: bool
-) -> Tensor:
-    u, delta, A, B, C, D, delta_bias = (x.float() for x in (u, delta, A, B, C, D, delta_bias))
-    return torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, delta_bias, local)[0]
-
-
 _IMPLEMENTATIONS = {
-    "triton": _triton_ss2d,
+    "triton": _kernel_ss2d,
     "mamba_ssm": _mamba_ssm_ss2d,
-    "native": _native_ss2d,
+    "native": _kernel_ss2d,
     "torch": _torch_ss2d,
 }
 
@@ -348,12 +346,9 @@ class _ProjectedScan(torch.autograd.Function):
         delta_bias: Tensor,
         local: bool,
     ) -> Tensor:
-        half = u.is_cuda and u.dtype in (torch.float16, torch.bfloat16)
-        sequences = [x if half else x.float() for x in (u, dt, B, C)]
-        weights = [x.float() for x in (dt_proj, A, D, delta_bias)]
         ctx.dtypes = [x.dtype for x in (u, dt, dt_proj, A, B, C, D, delta_bias)]
-        u, dt, B, C = sequences
-        dt_proj, A, D, delta_bias = weights
+        u, dt, B, C = (_as_read(x) for x in (u, dt, B, C))
+        dt_proj, A, D, delta_bias = (x.float() for x in (dt_proj, A, D, delta_bias))
         with torch.autocast(u.device.type, enabled=False):
             delta = _project(dt, dt_proj)
             _check_shapes(u, delta, A, B, C, D, delta_bias, local)
