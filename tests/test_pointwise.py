@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glmamba_monai.ops import bias_silu, norm_gate
+from glmamba_monai.ops import bias_silu, modulate, norm_gate, pixels_in_place
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -43,6 +43,15 @@ def test_bias_silu_adds_what_is_left():
     torch.testing.assert_close(bias_silu(x, bias, residual), residual + F.silu(x + bias))
 
 
+def test_modulate_takes_pixels_in_place_or_by_patches():
+    deform, patches = numbers(2, 6, 4, 7), numbers(2, 3, 2, 2, 2, 7, seed=1)
+    # torch's pixel shuffle: channels first, the pixels of a patch innermost
+    shuffled = F.pixel_shuffle(patches.permute(0, 5, 3, 4, 1, 2).flatten(1, 3), 2).permute(0, 2, 3, 1)
+    torch.testing.assert_close(pixels_in_place(patches), shuffled, rtol=0, atol=0)
+    torch.testing.assert_close(modulate(deform, patches), torch.sigmoid(deform) * shuffled + deform)
+    torch.testing.assert_close(modulate(deform, shuffled), modulate(deform, patches))
+
+
 def test_the_gate_s_and_the_input_s_dtypes_stay():
     y, gate = numbers(3, 8).float(), numbers(3, 8, seed=1).bfloat16()
     assert norm_gate(y, torch.ones(8), torch.zeros(8), gate).dtype == torch.bfloat16
@@ -54,6 +63,8 @@ def test_shapes_that_differ_are_refused():
         norm_gate(torch.ones(4, 8), torch.ones(8), torch.ones(8), torch.ones(3, 8))
     with pytest.raises(ValueError, match=r"residual: found shape \[8\], expected that of x, \[3, 8\]"):
         bias_silu(torch.ones(3, 8), torch.ones(8), torch.ones(8))
+    with pytest.raises(ValueError, match=r"mamba: found shape \[1, 2, 2, 2, 2, 8\], expected that of deform"):
+        modulate(torch.ones(1, 2, 2, 8), torch.ones(1, 2, 2, 2, 2, 8))
 
 
 # --- The kernels ---
@@ -69,6 +80,26 @@ def test_in_the_interpreter():
         text=True,
     )
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-1000:]
+
+
+@needs_kernels
+@pytest.mark.parametrize("patches", [True, False])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 5), (1, 2, 2, 1)] + ([(3, 50, 42, 96)] if ON_GPU else []))
+@pytest.mark.parametrize("dtype", [torch.float32] + ([torch.bfloat16] if ON_GPU else []))
+def test_modulate_kernels(shape, patches, dtype, monkeypatch):
+    from glmamba_monai.ops import triton_pointwise as kernels
+
+    monkeypatch.setattr(kernels, "TILE", 64 if INTERPRETED else kernels.TILE)
+    b, h, w, c = shape
+    deform, dout = numbers(*shape).to(dtype), numbers(*shape, seed=2).to(dtype)
+    mamba = numbers(*((b, h // 2, w // 2, 2, 2, c) if patches else shape), seed=1).to(dtype)
+    leaves = [x.double().requires_grad_() for x in (deform, mamba)]
+    expected = modulate(*leaves)
+    gradients = torch.autograd.grad(expected, leaves, dout.double())
+    deform, mamba, dout = (x.to(DEVICE) for x in (deform, mamba, dout))
+    found = (kernels.modulate_forward(deform, mamba), *kernels.modulate_backward(dout, deform, mamba))
+    for name, x, e in zip(("y", "deform", "mamba"), found, (expected.detach(), *gradients)):
+        assert x.dtype == dtype and relative(x, e) <= (1e-6 if dtype == torch.float32 else 1e-2), name
 
 
 def shapes():
@@ -131,6 +162,7 @@ def test_the_operators_equal_the_definition_with_all_gradients():
         lambda y, w, b, g, r: norm_gate(y, w, b, g),
         lambda y, w, b, g, r: norm_gate(y, w, b),
         lambda y, w, b, g, r: bias_silu(y, b, r),
+        lambda y, w, b, g, r: modulate(y[None], g[None]),
     ):
         results = []
         for device, dtype in (("cuda", torch.float32), ("cpu", torch.float64)):

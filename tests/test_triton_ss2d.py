@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_ss2d import assert_close, make_inputs, relative, step_loop, value_and_gradients
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-from glmamba_monai.ops import ss2d_scan
+from glmamba_monai.ops import ss2d_scan, triton_time_step
 from glmamba_monai.ops import triton_ss2d as kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -106,6 +107,32 @@ def test_a_map_of_one_column_whose_strides_say_nothing(monkeypatch):
     layout = {n: x.view(1, 1, 4, *x.shape[3:]).transpose(1, 2) if x.dim() > 3 else x for n, x in inputs.items()}
     assert layout["delta"].stride(2) != inputs["delta"].stride(2)
     assert_close(all_results(layout, False), expected, 1e-7, 1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("low", "high"), [(-20.0, 0.0), (-2.0, 30.0)])  # delta
+def test_without_a_bias_delta_is_the_time_step(low, high, monkeypatch):
+    programs(monkeypatch, 1000)
+    inputs = make_inputs(b=1, h=2, w=4, d=3, n=2, low=low, high=high, device=DEVICE)
+    y, expected = all_results(inputs, False)
+    raw = inputs["delta"] + inputs["delta_bias"]
+    found, gradients = all_results(inputs | {"delta": F.softplus(raw), "delta_bias": None}, False)
+    assert_close((found, gradients), (y, expected), 1e-6, 1e-5)  # of delta and its bias: still before softplus
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(2, 3, 5, 19, 3), (1, 2, 2, 1, 1)] + ([(3, 50, 41, 192, 6)] if ON_GPU else []))
+@pytest.mark.parametrize("dtype", [torch.float32] + ([torch.bfloat16] if ON_GPU else []))
+def test_the_time_step(shape, dtype, monkeypatch):
+    monkeypatch.setattr(triton_time_step, "TILE", 64 if INTERPRETED else triton_time_step.TILE)
+    *maps, channels, rank = shape
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(*maps, 4, 2 * rank + 5, generator=generator).to(dtype)
+    weight, bias = (torch.randn(4, *x, generator=generator) for x in ((channels, rank), (channels,)))
+    dt = rows[..., rank : 2 * rank]  # as in the network, a part of wider rows
+    expected = F.softplus(torch.einsum("bhwkr,kdr->bhwkd", dt.double(), weight.double()) + bias.double())
+    found = triton_time_step.time_step(rows.to(DEVICE)[..., rank : 2 * rank], weight.to(DEVICE), bias.to(DEVICE))
+    assert found.dtype == dtype and relative(found.cpu(), expected) <= (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------------------

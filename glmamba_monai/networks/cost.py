@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from glmamba_monai.networks.glmamba import SS2D, DeformBlock
+from glmamba_monai.networks.glmamba import SS2D, DeformBlock, MultiModalityFusion, OffsetsAndMask
 from glmamba_monai.networks.registry import NETWORKS, build_network
 
 
@@ -39,6 +39,8 @@ def count_cost(network: nn.Module, height: int = 240, width: int = 240) -> Cost:
 
     def count_module(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
+            if isinstance(module, OffsetsAndMask):
+                output = output[:, : module.out_channels]  # without those that are made of zeros
             totals["module"] += output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.Linear):
             totals["module"] += output.numel() * module.in_features
@@ -48,6 +50,8 @@ def count_cost(network: nn.Module, height: int = 240, width: int = 240) -> Cost:
             totals["scan"] += module.scan_flops(tokens)
         elif isinstance(module, DeformBlock):
             totals["raw"] += module.product_macs(output.numel() // output.shape[1])
+        elif isinstance(module, MultiModalityFusion):
+            totals["module"] += module.layer_macs(output.shape[0], output.numel() // output.shape[1])
 
     hooks = [module.register_forward_hook(count_module) for module in network.modules()]
     try:

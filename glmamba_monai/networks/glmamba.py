@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glmamba_monai.ops import bias_silu, deform_conv2d, norm_gate, projected_ss2d_scan
+from glmamba_monai.ops import (
+    bias_silu,
+    deform_conv2d,
+    fuse_modalities,
+    modulate,
+    norm_gate,
+    pixels_in_place,
+    projected_ss2d_scan,
+)
 
 K = 4  # left to right, top to bottom, and both reversed
 EXPANSION = 2  # D = 2C
@@ -84,7 +92,7 @@ class SS2D(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Global average pool, 1x1, ReLU, 1x1, sigmoid; scales each channel (paper Fig. 2A, "CA")."""
+    """Weights of the channels: global average pool, 1x1, ReLU, 1x1, sigmoid (paper Fig. 2A, "CA")."""
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
@@ -92,9 +100,8 @@ class ChannelAttention(nn.Module):
         self.excite = nn.Conv2d(channels // reduction, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same shape."""
-        weights = self.excite(F.relu(self.squeeze(x.mean(dim=(2, 3), keepdim=True))))
-        return x * torch.sigmoid(weights)
+        """``(B, C, H, W)`` to ``(B, C, 1, 1)``, to be multiplied with it."""
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean(dim=(2, 3), keepdim=True)))))
 
 
 class DepthwiseSiLU(nn.Conv2d):
@@ -147,7 +154,29 @@ class MambaBlock(nn.Module):
         # The depthwise convolution sees the whole map; only the scan is cut into quadrants.
         u = self.ss2d(self.depthwise(self.to_scan(h)))
         y = self.to_out(norm_gate(u, self.scan_norm.weight, self.scan_norm.bias, self.to_gate(h)))
-        return x + self.attention(self.mix(y.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        y = self.mix(y.permute(0, 3, 1, 2))
+        return torch.addcmul(x, y.permute(0, 2, 3, 1), self.attention(y).permute(0, 2, 3, 1))
+
+
+class OffsetsAndMask(nn.Conv2d):
+    """3x3 convolution for the 18 offsets and 9 masks of a deformable convolution; zero at the start.
+
+    One convolution reads the map once. It has 5 unused outputs, made of zeros, since cuDNN is slow with 27.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 18 + 9, 3, padding=1)
+        nn.init.zeros_(self.weight)
+        bias = self.bias
+        assert bias is not None
+        nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, 18 + 9 + 5, H, W)``."""
+        bias = self.bias
+        assert bias is not None  # tells TorchScript the type
+        weight = F.pad(self.weight, [0, 0, 0, 0, 0, 0, 0, 5])
+        return F.conv2d(x, weight, F.pad(bias, [0, 5]), self.stride, self.padding, self.dilation, self.groups)
 
 
 class DeformBlock(nn.Module):
@@ -159,22 +188,40 @@ class DeformBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.offset_and_mask = nn.Conv2d(channels, 18 + 9, 3, padding=1)  # one convolution reads the map once
-        nn.init.zeros_(self.offset_and_mask.weight)
-        nn.init.zeros_(self.offset_and_mask.bias)
+        self.offsets_and_mask = OffsetsAndMask(channels)
         self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(channels))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same shape."""
-        offset, mask = torch.split(self.offset_and_mask(x), [18, 9], dim=1)
+        offset, mask, _ = torch.split(self.offsets_and_mask(x), [18, 9, 5], dim=1)
         y = deform_conv2d(x, offset, self.weight, mask=torch.sigmoid(mask))
         return bias_silu(y.permute(0, 2, 3, 1), self.bias, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def product_macs(self, pixels: int) -> int:
         """Multiply-adds of the weights with the samples (raw parameters, which module counters do not see)."""
         return pixels * self.weight.numel()
+
+
+class PatchesToPixels(nn.Linear):
+    """The four pixels of each 2x2 patch, by a learned 1x1 product C to 4C (what PixelShuffle then puts in place)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 4 * channels, bias=False)  # a bias would only add a constant 2x2 pattern
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``(B, H/2, W/2, C)`` to ``(B, H/2, W/2, 2, 2, C)``."""
+        return F.linear(tokens, self.weight).unflatten(-1, [2, 2, tokens.shape[-1]])
+
+
+class BilinearPixels(nn.Module):
+    """The pixels of 2x2 patches by bilinear interpolation."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``(B, H/2, W/2, C)`` to ``(B, H, W, C)``."""
+        up = F.interpolate(tokens.permute(0, 3, 1, 2), scale_factor=2.0, mode="bilinear", align_corners=False)
+        return up.permute(0, 2, 3, 1)
 
 
 class Branch(nn.Module):
@@ -205,12 +252,7 @@ class Branch(nn.Module):
         self.mamba = nn.Sequential(
             *(MambaBlock(channels, d_state, local, attention_reduction, mix_channels) for _ in range(n_mamba))
         )
-        self.unembed: nn.Module
-        if unembedding == "pixel_shuffle":
-            # No bias: it would only add a constant 2x2 pattern.
-            self.unembed = nn.Sequential(nn.Conv2d(channels, 4 * channels, 1, bias=False), nn.PixelShuffle(2))
-        else:
-            self.unembed = nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=False)
+        self.unembed = PatchesToPixels(channels) if unembedding == "pixel_shuffle" else BilinearPixels()
         self.modulator = modulator
         self.deform = nn.Sequential(*(DeformBlock(channels) for _ in range(n_deform if modulator else 0)))
 
@@ -218,12 +260,11 @@ class Branch(nn.Module):
         """Features ``(B, C, H, W)`` of ``(B, 1, H, W)``, H and W multiples of 4."""
         # Channels last in memory: what the scan, the deformable convolution and linear layers read in one piece.
         features = self.stem(image).contiguous(memory_format=torch.channels_last)
-        tokens = self.mamba(self.embed(features).permute(0, 2, 3, 1))  # (B, H/2, W/2, C)
-        mamba = self.unembed(tokens.permute(0, 3, 1, 2))
+        mamba = self.unembed(self.mamba(self.embed(features).permute(0, 2, 3, 1)))
         if not self.modulator:
-            return mamba
-        deform = self.deform(features)
-        return torch.sigmoid(deform) * mamba + deform
+            return pixels_in_place(mamba).permute(0, 3, 1, 2)
+        deform = self.deform(features).permute(0, 2, 3, 1)
+        return modulate(deform, mamba).permute(0, 3, 1, 2)
 
 
 class AddFusion(nn.Module):
@@ -248,13 +289,21 @@ class MultiModalityFusion(nn.Module):
 
     def forward(self, low_resolution: Tensor, reference: Tensor) -> Tensor:
         """Two maps ``(B, C, H, W)`` to one."""
-        difference = low_resolution - reference  # eq. 6
-        similarity = low_resolution * reference  # eq. 7
-        shares = torch.softmax(self.complement_weights(torch.cat((low_resolution, reference), dim=1)), dim=1)
-        complement = low_resolution * shares[:, 0:1] + reference * shares[:, 1:2]  # eqs 8, 9
-        pooled = torch.cat([f.amax(dim=(2, 3)) for f in (difference, similarity, complement)], dim=1)
-        mixture = torch.softmax(self.mixture_weights(pooled), dim=1)[:, :, None, None, None]  # eq. 10
-        return mixture[:, 0] * difference + mixture[:, 1] * similarity + mixture[:, 2] * complement  # eq. 11
+        bias = self.complement_weights.bias
+        assert bias is not None  # tells TorchScript the type
+        fused = fuse_modalities(
+            low_resolution.permute(0, 2, 3, 1),
+            reference.permute(0, 2, 3, 1),
+            self.complement_weights.weight.flatten(1),
+            bias,
+            self.mixture_weights.weight,
+            self.mixture_weights.bias,
+        )
+        return fused.permute(0, 3, 1, 2)
+
+    def layer_macs(self, images: int, pixels: int) -> int:
+        """Multiply-adds of the two layers, which run inside an operator (module counters do not see them)."""
+        return pixels * self.complement_weights.weight.numel() + images * self.mixture_weights.weight.numel()
 
 
 def reconstruction_head(channels: int) -> nn.Sequential:

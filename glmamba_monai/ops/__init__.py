@@ -2,7 +2,8 @@
 
 from glmamba_monai.ops.backends import backend_report, format_backend_report, require_backends
 from glmamba_monai.ops.deform_conv import deform_conv2d
-from glmamba_monai.ops.pointwise import bias_silu, norm_gate
+from glmamba_monai.ops.fusion import fuse_modalities
+from glmamba_monai.ops.pointwise import bias_silu, modulate, norm_gate, pixels_in_place
 from glmamba_monai.ops.selective_scan import selective_scan
 from glmamba_monai.ops.ss2d import projected_ss2d_scan, ss2d_scan
 
@@ -11,7 +12,10 @@ __all__ = [
     "bias_silu",
     "deform_conv2d",
     "format_backend_report",
+    "fuse_modalities",
+    "modulate",
     "norm_gate",
+    "pixels_in_place",
     "projected_ss2d_scan",
     "require_backends",
     "selective_scan",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glmamba_monai.ops import backends
 
-__all__ = ["bias_silu", "norm_gate"]
+__all__ = ["bias_silu", "modulate", "norm_gate", "pixels_in_place"]
 
 
 def norm_gate(
@@ -78,6 +78,43 @@ def bias_silu(x: Tensor, bias: Tensor, residual: Tensor | None = None, backend: 
     return y.to(x.dtype)
 
 
+def modulate(deform: Tensor, mamba: Tensor, backend: str | None = None) -> Tensor:
+    """sigmoid(deform) * mamba + deform, computed in float32 (float64 stays).
+
+    Args:
+        deform: `(B, H, W, C)`.
+        mamba: `(B, H, W, C)`, or `(B, H/2, W/2, 2, 2, C)`: the pixels of 2x2 patches, not yet in place.
+        backend: `"triton"`, `"torch"` or None (environment variable, else automatic).
+
+    Returns:
+        `(B, H, W, C)` in the dtype of `deform`.
+
+    Raises:
+        ValueError: the shapes do not fit, or the backend's name is unknown.
+        RuntimeError: the backend asked for is not available.
+
+    Source: GLMamba, Fig. 2C.
+    """
+    if mamba.dim() == 6 and mamba.shape[3] == 2 and mamba.shape[4] == 2:
+        shape = [mamba.shape[0], 2 * mamba.shape[1], 2 * mamba.shape[2], mamba.shape[5]]
+    else:
+        shape = list(mamba.shape)
+    if list(deform.shape) != shape:
+        raise ValueError(f"mamba: found shape {list(mamba.shape)}, expected that of deform, {list(deform.shape)}")
+    if torch.jit.is_scripting():
+        pass  # the definition below
+    elif not deform.is_meta and backends.backend_for("pointwise", deform, backend) == "triton":
+        return torch.ops.glmamba.modulate(deform, mamba)
+    dtype = torch.float64 if deform.dtype == torch.float64 else torch.float32
+    mamba, wide = pixels_in_place(mamba).to(dtype), deform.to(dtype)
+    return (torch.sigmoid(wide) * mamba + wide).to(deform.dtype)
+
+
+def pixels_in_place(x: Tensor) -> Tensor:
+    """`(B, H/2, W/2, 2, 2, C)`, the pixels of 2x2 patches, as a map `(B, H, W, C)`; a map stays as it is."""
+    return x if x.dim() == 4 else x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
 # --- backend "triton", as operators that autograd, torch.compile and fake tensors know ----------------------------
 
 torch.library.define("glmamba::norm_gate", "(Tensor y, Tensor weight, Tensor bias, Tensor? gate, float eps) -> Tensor")
@@ -92,6 +129,14 @@ torch.library.define(
 torch.library.define(
     "glmamba::bias_silu_backward",
     "(Tensor dout, Tensor x, Tensor bias) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+torch.library.define("glmamba::modulate", "(Tensor deform, Tensor mamba) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+torch.library.define(
+    "glmamba::modulate_backward",
+    "(Tensor dout, Tensor deform, Tensor mamba) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -118,6 +163,16 @@ def _bias_silu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, 
     return backends.load_backend("pointwise", "triton").bias_silu_backward(dout, x, bias)
 
 
+@torch.library.impl("glmamba::modulate", "cuda")
+def _modulate(deform: Tensor, mamba: Tensor) -> Tensor:
+    return backends.load_backend("pointwise", "triton").modulate_forward(deform, mamba)
+
+
+@torch.library.impl("glmamba::modulate_backward", "cuda")
+def _modulate_backward(dout: Tensor, deform: Tensor, mamba: Tensor) -> tuple[Tensor, Tensor]:
+    return backends.load_backend("pointwise", "triton").modulate_backward(dout, deform, mamba)
+
+
 @torch.library.register_fake("glmamba::norm_gate")
 def _fake_norm_gate(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, eps: float) -> Tensor:
     return torch.empty(y.shape, dtype=y.dtype if gate is None else gate.dtype, device=y.device)
@@ -141,6 +196,16 @@ def _fake_bias_silu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Ten
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(bias)
 
 
+@torch.library.register_fake("glmamba::modulate")
+def _fake_modulate(deform: Tensor, mamba: Tensor) -> Tensor:
+    return torch.empty(deform.shape, dtype=deform.dtype, device=deform.device)
+
+
+@torch.library.register_fake("glmamba::modulate_backward")
+def _fake_modulate_backward(dout: Tensor, deform: Tensor, mamba: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake_modulate(deform, mamba), torch.empty(mamba.shape, dtype=mamba.dtype, device=mamba.device)
+
+
 def _save_norm_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.eps = inputs[4]
@@ -161,13 +226,23 @@ def _differentiate_bias_silu(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...
     return dx, dbias, None if ctx.residual_dtype is None else dout.to(ctx.residual_dtype)
 
 
+def _save_modulate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_modulate(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.glmamba.modulate_backward(dout, *ctx.saved_tensors)
+
+
 torch.library.register_autograd("glmamba::norm_gate", _differentiate_norm_gate, setup_context=_save_norm_gate)
 torch.library.register_autograd("glmamba::bias_silu", _differentiate_bias_silu, setup_context=_save_bias_silu)
+torch.library.register_autograd("glmamba::modulate", _differentiate_modulate, setup_context=_save_modulate)
 
 
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("norm_gate, bias_silu: their gradients cannot be differentiated again on a GPU")
+    raise NotImplementedError("norm_gate, bias_silu, modulate: no second gradients on a GPU")
 
 
 torch.library.register_autograd("glmamba::norm_gate_backward", _differentiate_twice)
 torch.library.register_autograd("glmamba::bias_silu_backward", _differentiate_twice)
+torch.library.register_autograd("glmamba::modulate_backward", _differentiate_twice)

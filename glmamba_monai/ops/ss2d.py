@@ -8,6 +8,7 @@ Everything is stored at map positions, channels last; a direction is only an ord
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,    y_t = sum over states of C_t h_t + D u_t
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -166,16 +167,18 @@ def _mamba_ssm_ss2d(*arguments: Any) -> Tensor:
 # --- backends "triton" and "native": one operator of torch, with a kernel per device -------------------------------
 # Beside y the operator returns what its backward pass starts from: the states that the native kernels noted, or what
 # each chunk of the Triton kernels adds to the states, and that chunk's sum of time steps (empty for the native ones).
+# Without delta_bias, delta is the time step itself, after softplus, but the gradients of both are still those before
+# softplus: this is for `projected_ss2d_scan` and the Triton kernels alone.
 
 torch.library.define(
     "glmamba::ss2d_scan",
-    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, bool local)"
+    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, bool local)"
     " -> (Tensor y, Tensor states, Tensor time_steps)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "glmamba::ss2d_scan_backward",
-    "(Tensor grad_y, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, bool local,"
+    "(Tensor grad_y, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, bool local,"
     " Tensor states, Tensor time_steps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -194,7 +197,7 @@ def _native_forward(u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]
 
 @torch.library.register_fake("glmamba::ss2d_scan")
 def _fake_forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, local: bool
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor | None, local: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = u.new_empty(u.shape, dtype=torch.float32)
     batch, height, width, channels = u.shape
@@ -221,9 +224,9 @@ def _native_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return _as_inputs(gradients, arguments[:7])
 
 
-def _as_inputs(gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _as_inputs(gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """Gradients in the dtypes of the inputs, contiguous; but delta's, the largest, in the memory order of delta."""
-    du, ddelta, *others = (gradient.to(x.dtype) for gradient, x in zip(gradients, inputs))
+    du, ddelta, *others = (g if x is None else g.to(x.dtype) for g, x in zip(gradients, inputs))
     if ddelta.stride() != torch.empty_like(inputs[1], device="meta").stride():
         ddelta = torch.empty_like(inputs[1]).copy_(ddelta)
     return du.contiguous(), ddelta, *(x.contiguous() for x in others)
@@ -231,12 +234,14 @@ def _as_inputs(gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tup
 
 @torch.library.register_fake("glmamba::ss2d_scan_backward")
 def _fake_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    u, delta, *others = arguments[:7]
-    return u.new_empty(u.shape), torch.empty_like(delta), *(x.new_empty(x.shape) for x in others)
+    u, delta, *others = arguments[:6]
+    D = others[-1]  # delta_bias, which need not be there, has its shape
+    return u.new_empty(u.shape), torch.empty_like(delta), *(x.new_empty(x.shape) for x in (*others, D))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.local = inputs
+    assert tensors[6] is not None, "delta_bias"
     _, states, time_steps = output
     ctx.mark_non_differentiable(states, time_steps)
     ctx.set_materialize_grads(False)  # else zeros as large as the states
@@ -331,7 +336,10 @@ def _project(dt: Tensor, dt_proj: Tensor) -> Tensor:
 
 
 class _ProjectedScan(torch.autograd.Function):
-    """The operator `glmamba::ss2d_scan` behind `_project`, keeping `dt` in place of `delta`."""
+    """The operator `glmamba::ss2d_scan`, keeping `dt` in place of `delta`.
+
+    On a GPU the projection, the bias and the softplus are one kernel; on the CPU the scan's does the last two.
+    """
 
     @staticmethod
     def forward(
@@ -350,9 +358,9 @@ class _ProjectedScan(torch.autograd.Function):
         u, dt, B, C = (_as_read(x) for x in (u, dt, B, C))
         dt_proj, A, D, delta_bias = (x.float() for x in (dt_proj, A, D, delta_bias))
         with torch.autocast(u.device.type, enabled=False):
-            delta = _project(dt, dt_proj)
+            delta, bias = _scanned(dt, dt_proj, delta_bias)
             _check_shapes(u, delta, A, B, C, D, delta_bias, local)
-            y, states, time_steps = torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, delta_bias, local)
+            y, states, time_steps = torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, bias, local)
         ctx.save_for_backward(u, dt, dt_proj, A, B, C, D, delta_bias, states, time_steps)
         ctx.local = local
         return y
@@ -362,11 +370,38 @@ class _ProjectedScan(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         u, dt, dt_proj, A, B, C, D, delta_bias, states, time_steps = ctx.saved_tensors
         with torch.autocast(u.device.type, enabled=False):
+            delta, bias = _scanned(dt, dt_proj, delta_bias)
             du, ddelta, *others = torch.ops.glmamba.ss2d_scan_backward.default(
-                grad_y, u, _project(dt, dt_proj), A, B, C, D, delta_bias, ctx.local, states, time_steps
+                grad_y, u, delta, A, B, C, D, bias, ctx.local, states, time_steps
             )
             ddelta = ddelta.permute(3, 0, 1, 2, 4)  # (K, B, H, W, D)
             ddt = torch.matmul(ddelta, dt_proj.to(ddelta.dtype)[:, None, None]).permute(1, 2, 3, 0, 4)
             rows = torch.matmul(ddelta.transpose(3, 4), dt.permute(3, 0, 1, 2, 4))  # (K, B, H, D, R)
             gradients = [du, ddt, rows.float().sum((1, 2)), *others]
         return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None
+
+
+def _scanned(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`delta` and `delta_bias` as the operator takes them on this device."""
+    if dt.is_cuda:
+        return torch.ops.glmamba.time_step.default(dt, dt_proj, delta_bias), None
+    return _project(dt, dt_proj), delta_bias
+
+
+torch.library.define(
+    "glmamba::time_step",
+    "(Tensor dt, Tensor dt_proj, Tensor delta_bias) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("glmamba::time_step", "cuda")
+def _triton_time_step(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> Tensor:
+    kernels = importlib.import_module("glmamba_monai.ops.triton_time_step")  # of the scan's backend "triton"
+    return kernels.time_step(dt, dt_proj, delta_bias)
+
+
+@torch.library.register_fake("glmamba::time_step")
+def _fake_time_step(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> Tensor:
+    batch, height, width, directions, _ = dt.shape
+    return dt.new_empty(directions, batch, height, width, dt_proj.shape[1]).permute(1, 2, 3, 0, 4)

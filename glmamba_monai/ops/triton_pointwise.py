@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["bias_silu_backward", "bias_silu_forward", "norm_gate_backward", "norm_gate_forward"]
+__all__ = [
+    "bias_silu_backward",
+    "bias_silu_forward",
+    "modulate_backward",
+    "modulate_forward",
+    "norm_gate_backward",
+    "norm_gate_forward",
+]
 
 TILE = 2048  # numbers of a tile: 16 rows of 128 channels
 PROGRAMS_PER_PROCESSOR = 4  # of a backward kernel: each leaves one row of parameter gradients
@@ -117,6 +124,42 @@ def _bias_silu_backward_kernel(
     tl.store(dbias + tl.program_id(0) * channels + d, tl.sum(db_sum, 0), mask=d < channels)
 
 
+@triton.jit
+def _patch_row(row, width, PATCHES: tl.constexpr):
+    """Where a pixel's row lies if the pixels are stored patch by patch; heights are even, so images need no care."""
+    if not PATCHES:
+        return row
+    y, x = row // width, row % width
+    return (y // 2 * (width // 2) + x // 2) * 4 + y % 2 * 2 + x % 2
+
+
+@triton.jit
+def _modulate_kernel(
+    deform, mamba, out, rows, channels, width, PATCHES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    row, d, valid = _rows(tl.program_id(0), rows, channels, ROWS, CHANNELS)
+    place = row * channels + d[None, :]
+    patch_place = _patch_row(row, width, PATCHES) * channels + d[None, :]
+    f = tl.load(deform + place, mask=valid, other=0.0).to(tl.float32)
+    m = tl.load(mamba + patch_place, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + place, _sigmoid(f) * m + f, mask=valid)
+
+
+@triton.jit
+def _modulate_backward_kernel(
+    dout, deform, mamba, ddeform, dmamba, rows, channels, width,
+    PATCHES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    row, d, valid = _rows(tl.program_id(0), rows, channels, ROWS, CHANNELS)
+    place = row * channels + d[None, :]
+    patch_place = _patch_row(row, width, PATCHES) * channels + d[None, :]
+    g = tl.load(dout + place, mask=valid, other=0.0).to(tl.float32)
+    s = _sigmoid(tl.load(deform + place, mask=valid, other=0.0).to(tl.float32))
+    m = tl.load(mamba + patch_place, mask=valid, other=0.0).to(tl.float32)
+    tl.store(ddeform + place, g * (1.0 + s * (1.0 - s) * m), mask=valid)
+    tl.store(dmamba + patch_place, g * s, mask=valid)
+
+
 # --- launches ----------------------------------------------------------------------------------------------------
 
 
@@ -203,3 +246,32 @@ def bias_silu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
             dout.contiguous(), flat, bias.float(), dx, dbias, rows, channels, x_row, **constants
         )
     return dx, dbias.sum(0).to(bias.dtype)
+
+
+def modulate_forward(deform: Tensor, mamba: Tensor) -> Tensor:
+    """See :func:`glmamba_monai.ops.modulate`."""
+    rows, channels, constants = _shape(deform)
+    out = torch.empty(deform.shape, dtype=deform.dtype, device=deform.device)
+    if rows:
+        with torch.cuda.device_of(deform):
+            _modulate_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
+                *(deform.contiguous(), mamba.contiguous(), out, rows, channels, deform.shape[2]),
+                PATCHES=mamba.dim() == 6,
+                **constants,
+            )
+    return out
+
+
+def modulate_backward(dout: Tensor, deform: Tensor, mamba: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of deform and mamba."""
+    rows, channels, constants = _shape(deform)
+    ddeform, dmamba = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (deform, mamba))
+    if rows:
+        with torch.cuda.device_of(deform):
+            _modulate_backward_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
+                *(dout.contiguous(), deform.contiguous(), mamba.contiguous(), ddeform, dmamba),
+                *(rows, channels, deform.shape[2]),
+                PATCHES=mamba.dim() == 6,
+                **constants,
+            )
+    return ddeform, dmamba

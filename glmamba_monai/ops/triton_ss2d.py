@@ -73,7 +73,7 @@ def _store_states(place, tile, valid):
 
 
 @triton.jit
-def _softplus(x):
+def softplus_of(x):
     """log(1 + exp(x)), relatively accurate for small results too.
 
     log(1 + e) / e for 0 <= e <= 1 is a Chebyshev fit of degree 8, within 1.5e-7 relative.
@@ -84,6 +84,16 @@ def _softplus(x):
     p = -0.24844369292259216 + e * (0.19111430644989014 + e * p)
     p = 1.0 + e * (-0.49999502301216125 + e * (0.33319270610809326 + e * p))
     return tl.maximum(x, 0.0) + e * p
+
+
+@triton.jit
+def _softplus_slope(raw, dt, SOFTPLUS: tl.constexpr):
+    """d dt / d raw, from what there is: sigmoid(raw), which is 1 - exp(-dt)."""
+    if SOFTPLUS:
+        return 1.0 / (1.0 + tl.exp2(-raw * LOG2_E))
+    # The difference loses the digits of a small dt; there, the first terms of its series.
+    series = dt * (1.0 - dt * (0.5 - dt * (0.16666667 - dt * 0.041666668)))
+    return tl.where(dt < 0.05, series, 1.0 - tl.exp2(-dt * LOG2_E))
 
 
 @triton.jit
@@ -141,10 +151,13 @@ def _tile(pointer, position, token_stride, last, t_valid, last_valid):
 
 
 @triton.jit
-def _time_step(raw, bias, t_valid):
+def _time_step(raw, bias, t_valid, SOFTPLUS: tl.constexpr):
     """dt of a tile (TOKENS, GROUPS, CHANNELS), zero where there is no token, which leaves the state alone; and raw."""
-    raw = raw.to(tl.float32) + bias[None]
-    return tl.where(t_valid[:, None, None], _softplus(raw), 0.0), raw
+    raw = raw.to(tl.float32)
+    if SOFTPLUS:
+        raw += bias[None]
+        return tl.where(t_valid[:, None, None], softplus_of(raw), 0.0), raw
+    return raw, raw
 
 
 @triton.jit
@@ -188,6 +201,7 @@ def _carry_kernel(
     matrix_token,
     matrix_direction,
     LOCAL: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
     ADJOINT: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -223,7 +237,7 @@ def _carry_kernel(
     next_x = _tile(source, position, channels, d, t_valid, d_valid)
     next_m = _tile(matrix, position, matrix_token, n, t_valid, n_valid)
     for _ in range((end - begin) * tl.cdiv(length, TOKENS)):
-        dt, _ = _time_step(next_raw, bias, t_valid)
+        dt, _ = _time_step(next_raw, bias, t_valid, SOFTPLUS)
         x, m = next_x.to(tl.float32), next_m.to(tl.float32)
         # The next tile's numbers travel while this one is computed.
         line, offset = _next(line, offset, length, TOKENS)
@@ -280,6 +294,7 @@ def _forward_kernel(
     C_token,
     C_direction,
     LOCAL: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
     STATES: tl.constexpr,
@@ -323,7 +338,7 @@ def _forward_kernel(
         added = tl.full((TOKENS,), backwards, tl.int32) > 0  # to what the first direction wrote
         next_y = _tile(y, position, channels, d, t_valid & added, d_valid)
         for _ in range((end - begin) * tl.cdiv(length, TOKENS)):
-            dt, _ = _time_step(next_raw, bias, t_valid)
+            dt, _ = _time_step(next_raw, bias, t_valid, SOFTPLUS)
             x, b, c = next_x.to(tl.float32), next_b.to(tl.float32), next_c.to(tl.float32)
             place = y + position[:, None, None] * channels + d[None]
             valid = t_valid[:, None, None] & d_valid[None]
@@ -385,6 +400,7 @@ def _backward_kernel(
     C_token,
     C_direction,
     LOCAL: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
     STATES: tl.constexpr,
@@ -435,7 +451,7 @@ def _backward_kernel(
         next_b = _tile(B_k, position, B_token, n, t_valid, n_valid)
         for j in range(tiles):
             _store_states(starts + j * states * channels, state, state_valid)
-            dt, _ = _time_step(next_raw, bias, t_valid)
+            dt, _ = _time_step(next_raw, bias, t_valid, SOFTPLUS)
             x, b = next_x.to(tl.float32), next_b.to(tl.float32)
             # The next tile's numbers travel while this one is computed.
             line, offset = _next(line, offset, length, TOKENS)
@@ -467,7 +483,7 @@ def _backward_kernel(
         next_du = _tile(du, position, channels, d, t_valid & added, d_valid)
         next_state = _load_states(starts + tl.maximum(tiles - 1, 0) * states * channels, state_valid)
         for j in range(tiles):
-            dt, raw = _time_step(next_raw, bias, t_valid)
+            dt, raw = _time_step(next_raw, bias, t_valid, SOFTPLUS)
             x, dout, state, before = next_x.to(tl.float32), next_dy.to(tl.float32), next_state, next_du
             b, c = next_b.to(tl.float32), next_c.to(tl.float32)
             valid = t_valid[:, None, None] & d_valid[None]
@@ -512,7 +528,7 @@ def _backward_kernel(
             drive_gradient = tl.sum(g * b[:, None, :, None], 2)  # of dt u, (TOKENS, GROUPS, CHANNELS)
             # rate is A in units of log 2.
             dt_gradient = tl.sum(exponent * rate[None], 2) * LOG_2 + drive_gradient * x
-            raw_gradient = tl.where(valid, dt_gradient / (1.0 + tl.exp2(-raw * LOG2_E)), 0.0)
+            raw_gradient = tl.where(valid, dt_gradient * _softplus_slope(raw, dt, SOFTPLUS), 0.0)
             tl.store(ddelta + delta_place, raw_gradient, mask=valid)
             bias_gradient += raw_gradient
             skip_gradient += dout * x
@@ -527,29 +543,34 @@ def _backward_kernel(
 
 
 class Tile(NamedTuple):
-    """What a kernel computes at once.
+    """What a kernel computes at once, by one warp.
 
     Args:
         tokens: steps of the recurrence, in a thread's registers.
         channels: channels across a warp's lanes; the lanes left over share the states.
         groups: so many times that number of channels, in a thread's registers.
+        registers: limit of registers a thread, where the compiler would take a few more than fit `PROGRAMS` warps.
     """
 
     tokens: int
     channels: int
     groups: int = 1
+    registers: int | None = None
 
     def blocks(self, channels: int) -> int:
         return triton.cdiv(channels, self.channels * self.groups)
 
-    def constants(self) -> dict[str, int]:
-        return {"TOKENS": self.tokens, "GROUPS": self.groups, "CHANNELS": self.channels, "num_warps": 1}
+    def constants(self) -> dict[str, int | None]:
+        return {
+            "TOKENS": self.tokens, "GROUPS": self.groups, "CHANNELS": self.channels,
+            "num_warps": 1, "maxnreg": self.registers,
+        }  # fmt: skip
 
 
 # Measured on an H200 (docs/performance.md). CARRY is by bytes of a number of u: 8 channels of 2 bytes would leave half
 # of each 32-byte sector unused.
 CARRY = {4: Tile(8, 8), 2: Tile(4, 32)}
-FORWARD = Tile(4, 32)
+FORWARD = Tile(4, 32, registers=168)
 BACKWARD = Tile(4, 8, 2)
 PROGRAMS = 12  # programs (of one warp each) of the forward kernel that there shall be for each multiprocessor
 
@@ -557,7 +578,7 @@ PROGRAMS = 12  # programs (of one warp each) of the forward kernel that there sh
 class _Launch:
     """How a scan is cut, and the kernels' arguments that say so."""
 
-    def __init__(self, u: Tensor, A: Tensor, local: bool) -> None:
+    def __init__(self, u: Tensor, A: Tensor, local: bool, softplus: bool = True) -> None:
         batch, map_height, map_width, channels = u.shape
         height, width = (map_height // 2, map_width // 2) if local else (map_height, map_width)
         self.states = A.shape[2]
@@ -570,7 +591,7 @@ class _Launch:
         self.chunks = triton.cdiv(self.longest, self.chunk)
         self.sizes = (channels, self.states, height, width, map_height, map_width)
         self.sizes += (batch * map_height * map_width, self.chunks, self.chunk)
-        self.constants = {"LOCAL": local, "STATES": triton.next_power_of_2(self.states)}
+        self.constants = {"LOCAL": local, "SOFTPLUS": softplus, "STATES": triton.next_power_of_2(self.states)}
 
     def zeros_per_chunk(self, like: Tensor, *shape: int) -> Tensor:
         return like.new_zeros(self.regions, 4, self.chunks, *shape, dtype=torch.float32)
@@ -586,7 +607,7 @@ class _Launch:
         kernel[grid](*pointers, *self.sizes, *strides, **tile.constants(), **self.constants)
 
 
-def _per_token(name: str, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def per_token(name: str, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """A tensor (B, H, W, K, .) whose positions follow each other evenly, and its strides of token and direction."""
     b, h, w, k, c = x.shape
     token, direction = x.stride(2), x.stride(3)
@@ -599,21 +620,23 @@ def _per_token(name: str, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, local: bool
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor | None, local: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y `(B, H, W, D)` in float32; and, for the backward, what each chunk adds and its sum of time steps.
 
-    Arguments as in :func:`glmamba_monai.ops.ss2d_scan`; the sequences float32, float16 or bfloat16.
+    Arguments as in :func:`glmamba_monai.ops.ss2d_scan`; the sequences float32, float16 or bfloat16. Without
+    `delta_bias`, `delta` is the time step itself, after softplus.
     """
-    launch = _Launch(u, A, local)
+    launch = _Launch(u, A, local, delta_bias is not None)
     u = u.contiguous()
     (delta, delta_strides), (B, B_strides), (C, C_strides) = (
-        _per_token("delta", delta),
-        _per_token("B", B),
-        _per_token("C", C),
+        per_token("delta", delta),
+        per_token("B", B),
+        per_token("C", C),
     )
     rate = (A.float() * LOG2_E.value).transpose(1, 2).contiguous()
-    D, delta_bias = D.float().contiguous(), delta_bias.float().contiguous()
+    D = D.float().contiguous()
+    delta_bias = D if delta_bias is None else delta_bias.float().contiguous()  # D: any pointer, none is read
     y = torch.empty((2, *u.shape), dtype=torch.float32, device=u.device)
     carries = launch.zeros_per_chunk(u, launch.states, launch.channels)
     time_steps = launch.zeros_per_chunk(u, launch.channels)
@@ -638,24 +661,26 @@ def backward(
     B: Tensor,
     C: Tensor,
     D: Tensor,
-    delta_bias: Tensor,
+    delta_bias: Tensor | None,
     local: bool,
     carries: Tensor,
     time_steps: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of `forward` in the order of its tensors; float32, but `delta`'s in the dtype of `delta`.
 
-    Those of `B` and `C` are summed atomically, so their last bits may differ between runs.
+    Those of `B` and `C` are summed atomically, so their last bits may differ between runs. Those of `delta` and
+    `delta_bias` are of what softplus is applied to, whether `delta` is given before softplus or after.
     """
-    launch = _Launch(u, A, local)
+    launch = _Launch(u, A, local, delta_bias is not None)
     u, dy = u.contiguous(), dy.contiguous()
     (delta, delta_strides), (B, B_strides), (C, C_strides) = (
-        _per_token("delta", delta),
-        _per_token("B", B),
-        _per_token("C", C),
+        per_token("delta", delta),
+        per_token("B", B),
+        per_token("C", C),
     )
     rate = (A.float() * LOG2_E.value).transpose(1, 2).contiguous()
-    D, delta_bias = D.float().contiguous(), delta_bias.float().contiguous()
+    D = D.float().contiguous()
+    delta_bias = D if delta_bias is None else delta_bias.float().contiguous()  # D: any pointer, none is read
     tiles = launch.chunk * triton.cdiv(launch.longest, BACKWARD.tokens)
     adjoint_carries = torch.zeros_like(carries)
     starts = u.new_empty(launch.regions, 2, launch.chunks, tiles, *carries.shape[3:], dtype=torch.float32)
