@@ -47,34 +47,41 @@ def plain_macs(size: int) -> int:
     return DEPTH * 9 * CHANNELS**2 * size**2
 
 
-def network_training(name: str, batch: int, size: int, bf16: bool, device: str) -> Training:
+def network_training(name: str, batch: int, size: int, bf16: bool, device: str, graph: bool = False) -> Training:
     """A registered network with its loss and a batch of random slices."""
     slices = torch.rand(batch, 2, size, size, device=device)
-    return Training(build_network(name).to(device), GLMambaLoss().to(device), slices, bf16)
+    return Training(build_network(name).to(device), GLMambaLoss().to(device), slices, bf16, graph)
 
 
 def print_speed(stopwatch: Stopwatch, network_names: list[str], batches: list[int], size: int) -> None:
     """Milliseconds a slice, forward and training step."""
     device = stopwatch.device
     reference, modules = reference_backends(device)
-    compared = [f"on {reference} (ms, over it)"] if reference else []
-    print_table("ms a slice", "pass", "here", *compared, "convolutions of as many multiply-adds (ms, here over them)")
+    compared = ["launched one by one (ms, over it)"] if device == "cuda" else []
+    compared += [f"on {reference} (ms, over it)"] if reference else []
+    here = "here, as a CUDA graph" if device == "cuda" else "here"
+    print_table("ms a slice", "pass", here, *compared, "convolutions of as many multiply-adds (ms, here over them)")
     for batch in batches:
         for bf16 in (False, True) if device == "cuda" else (False,):
             for name in network_names:
                 share = count_cost(build_network(name), size, size).macs / plain_macs(size)
                 training = network_training(name, batch, size, bf16, device)
+                graph = network_training(name, batch, size, bf16, device, True) if device == "cuda" else training
                 stacks = [plain_convolutions(batch, size, bf16, last, device) for last in (False, True)]
                 for label in ("forward", "step"):
-                    calls: dict[str, Callable[[], object]] = {"here": getattr(training, label)}
+                    calls: dict[str, Callable[[], object]] = {"here": getattr(graph, label)}
+                    if graph is not training:
+                        calls["launched"] = getattr(training, label)
                     if reference:
-                        calls["reference"] = forced(modules)(calls["here"])
+                        calls["reference"] = forced(modules)(getattr(training, label))
                     calls |= {f"plain {i}": getattr(stack, label) for i, stack in enumerate(stacks)}
                     times = {key: seconds / batch for key, seconds in stopwatch.medians(calls).items()}
                     here, plain = times["here"], share * min(times["plain 0"], times["plain 1"])
-                    cells = (
-                        [f"{milliseconds(times['reference'])} ({ratio(times['reference'], here)})"] if reference else []
-                    )
+                    cells = [
+                        f"{milliseconds(times[key])} ({ratio(times[key], here)})"
+                        for key in ("launched", "reference")
+                        if key in times
+                    ]
                     cells.append(f"{milliseconds(plain)} ({ratio(here, plain)})")
                     title = f"{name}, batch {batch}, {'bf16 autocast' if bf16 else 'fp32'}"
                     print_row(title, "training step" if label == "step" else label, milliseconds(here), *cells)

@@ -19,7 +19,7 @@ REFERENCE_SIZE = 240
 def slice_seconds(stopwatch: Stopwatch, network: str, batch: int, size: int, bf16: bool) -> tuple[float, float] | None:
     """Seconds a slice, forward and training step; None if they need more memory than there is."""
     try:
-        training = network_training(network, batch, size, bf16, stopwatch.device)
+        training = network_training(network, batch, size, bf16, stopwatch.device, graph=stopwatch.device == "cuda")
         times = stopwatch.medians({"forward": training.forward, "step": training.step})
     except torch.OutOfMemoryError:
         return None

@@ -12,9 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from glmamba_monai.engines import GraphInferer
 from glmamba_monai.ops import backend_report, format_backend_report
 from glmamba_monai.ops.backends import OPERATIONS
 
@@ -138,24 +140,44 @@ class Training:
         loss: of the output and the batch.
         batch: `(B, C, H, W)`.
         bf16: under bfloat16 autocast.
+        graph: as CUDA graphs, of the forward pass alone and of the training step as the bundle makes them.
     """
 
     def __init__(
-        self, network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batch: Tensor, bf16: bool = False
+        self,
+        network: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        batch: Tensor,
+        bf16: bool = False,
+        graph: bool = False,
     ) -> None:
         self.network, self.loss, self.batch = network, loss, batch
-        self.optimizer = torch.optim.Adam(network.parameters())
-        self.autocast = torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16)
+        # As in the bundle; a graph could not keep casts of the weights.
+        self.autocast = torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+        self.infer = GraphInferer() if graph else SimpleInferer()
+        self.forward = self._captured_forward() if graph else self._forward
+        self.optimizer = torch.optim.Adam(network.parameters(), fused=batch.is_cuda)
 
     @torch.no_grad()
-    def forward(self) -> None:
+    def _forward(self) -> None:
         with self.autocast:
             self.network(self.batch)
+
+    def _captured_forward(self) -> Callable[[], None]:
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            self._forward()
+        return graph.replay
 
     def _loss(self) -> Tensor:
         self.optimizer.zero_grad()
         with self.autocast:
-            return self.loss(self.network(self.batch), self.batch)
+            return self.loss(self.infer(self.batch, self.network), self.batch)
 
     def step(self) -> None:
         """Forward, loss, backward and optimiser step."""

@@ -47,6 +47,7 @@ def bare_speed(settings: dict[str, Any], epochs: int, iterations: int) -> tuple[
     parser.update(settings)
     get = parser.get_parsed_content
     device, network, loss_function, optimizer = get("device"), get("net").train(), get("loss"), get("optimizer")
+    inferer = get("train#inferer")
     autocast = torch.autocast(device.type, enabled=get("autocast"), **get("autocast_options"))
     image, label = prepare_batch(next(iter(get("train#dataloader"))), device)
 
@@ -55,7 +56,7 @@ def bare_speed(settings: dict[str, Any], epochs: int, iterations: int) -> tuple[
         for _ in range(steps):
             optimizer.zero_grad()
             with autocast:
-                loss = loss_function(network(image), label)
+                loss = loss_function(inferer(image, network), label)
             loss.backward()
             optimizer.step()
         loss.item()  # waits for the GPU

@@ -32,7 +32,7 @@ LOG_2 = tl.constexpr(0.6931471805599453)
 
 # Pointers whose alignment the compiler shall not use. It would load these small tiles in vectors, and that layout would
 # spread to the state in the inner loop and cost shuffles at every step.
-UNALIGNED = ["A", "carries", "adjoint_carries", "time_steps", "starts", "dA", "u", "delta", "y", "source"]
+UNALIGNED = ["A", "carries", "adjoint_carries", "time_steps", "starts", "dA", "u", "delta", "first_y", "y", "source"]
 
 
 # --- pieces ------------------------------------------------------------------------------------------------------
@@ -277,6 +277,7 @@ def _forward_kernel(
     delta_bias,
     carries,
     time_steps,
+    first_y,  # of an axis's first direction, (2, ...)
     y,
     channels,
     states,
@@ -300,7 +301,10 @@ def _forward_kernel(
     STATES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """y of both directions along an axis, for one chunk of its lines."""
+    """y of both directions along an axis, for one chunk of its lines, added to zeros.
+
+    Two numbers, one of each axis, are added to a zero: in whichever order, the sum is the same.
+    """
     i = tl.program_id(1)
     region = tl.program_id(2) // 2
     axis = tl.program_id(2) % 2
@@ -312,7 +316,8 @@ def _forward_kernel(
     state_place = n[:, None, None] * channels + d[None]
     state_valid = n_valid[:, None, None] & d_valid[None]
     u += base * channels
-    y += (base + axis * positions) * channels
+    first_y += (base + axis * positions) * channels
+    y += base * channels
     begin, end, length, line_stride, stride = _lines(i, chunk, axis, height, width, map_width)
 
     for backwards in range(2):
@@ -336,11 +341,11 @@ def _forward_kernel(
         next_b = _tile(B_k, position, B_token, n, t_valid, n_valid)
         next_c = _tile(C_k, position, C_token, n, t_valid, n_valid)
         added = tl.full((TOKENS,), backwards, tl.int32) > 0  # to what the first direction wrote
-        next_y = _tile(y, position, channels, d, t_valid & added, d_valid)
+        next_y = _tile(first_y, position, channels, d, t_valid & added, d_valid)
         for _ in range((end - begin) * tl.cdiv(length, TOKENS)):
             dt, _ = _time_step(next_raw, bias, t_valid, SOFTPLUS)
             x, b, c = next_x.to(tl.float32), next_b.to(tl.float32), next_c.to(tl.float32)
-            place = y + position[:, None, None] * channels + d[None]
+            place = position[:, None, None] * channels + d[None]
             valid = t_valid[:, None, None] & d_valid[None]
             before = next_y
             # The next tile's numbers travel while this one is computed.
@@ -350,13 +355,15 @@ def _forward_kernel(
             next_x = _tile(u, position, channels, d, t_valid, d_valid)
             next_b = _tile(B_k, position, B_token, n, t_valid, n_valid)
             next_c = _tile(C_k, position, C_token, n, t_valid, n_valid)
-            next_y = _tile(y, position, channels, d, t_valid & added, d_valid)
+            next_y = _tile(first_y, position, channels, d, t_valid & added, d_valid)
             decay = tl.exp2(dt[:, :, None, :] * rate[None])
             h = (dt * x)[:, :, None, :] * b[:, None, :, None]  # what drives the states, overwritten by the states
             for s in tl.static_range(TOKENS):
                 state = _row(decay, s) * state + _row(h, s)
                 h = _set_row(h, s, state)
-            tl.store(place, before + tl.sum(h * c[:, None, :, None], 2) + skip[None] * x, mask=valid)
+            both = before + tl.sum(h * c[:, None, :, None], 2) + skip[None] * x
+            tl.store(first_y + place, both, mask=valid & (backwards == 0))
+            tl.atomic_add(y + place, both, mask=valid & (backwards == 1), sem="relaxed")
 
 
 # --- backward ----------------------------------------------------------------------------------------------------
@@ -377,7 +384,8 @@ def _backward_kernel(
     time_steps,
     chunk_tiles,
     starts,  # scratch, (regions, axes, chunks, tiles, N, D): the state before each tile
-    du,
+    first_du,  # of an axis's first direction, (2, ...)
+    du,  # added to zeros, as the forward's y
     ddelta,
     dB,
     dC,
@@ -419,7 +427,8 @@ def _backward_kernel(
     state_valid = n_valid[:, None, None] & d_valid[None]
     u += base * channels
     dy += base * channels
-    du += (base + axis * positions) * channels
+    first_du += (base + axis * positions) * channels
+    du += base * channels
     ddelta += base * delta_token
     dB += base * 4 * states
     dC += base * 4 * states
@@ -471,7 +480,7 @@ def _backward_kernel(
         rate_gradient = tl.zeros((GROUPS, STATES, CHANNELS), tl.float32)
         skip_gradient = tl.zeros((TOKENS, GROUPS, CHANNELS), tl.float32)
         bias_gradient = tl.zeros((TOKENS, GROUPS, CHANNELS), tl.float32)
-        tl.debug_barrier()  # what this program wrote (starts, du) is read again, maybe by other threads
+        tl.debug_barrier()  # what this program wrote (starts, first_du) is read again, maybe by other threads
         line, offset = end - begin - 1, (line_tiles - 1) * TOKENS
         position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS)
         next_raw = _tile(delta_k, position, delta_token, d, t_valid, d_valid)
@@ -480,7 +489,7 @@ def _backward_kernel(
         next_b = _tile(B_k, position, B_token, n, t_valid, n_valid)
         next_c = _tile(C_k, position, C_token, n, t_valid, n_valid)
         added = tl.full((TOKENS,), backwards, tl.int32) > 0  # to what the first direction wrote
-        next_du = _tile(du, position, channels, d, t_valid & added, d_valid)
+        next_du = _tile(first_du, position, channels, d, t_valid & added, d_valid)
         next_state = _load_states(starts + tl.maximum(tiles - 1, 0) * states * channels, state_valid)
         for j in range(tiles):
             dt, raw = _time_step(next_raw, bias, t_valid, SOFTPLUS)
@@ -501,7 +510,7 @@ def _backward_kernel(
             next_dy = _tile(dy, position, channels, d, t_valid, d_valid)
             next_b = _tile(B_k, position, B_token, n, t_valid, n_valid)
             next_c = _tile(C_k, position, C_token, n, t_valid, n_valid)
-            next_du = _tile(du, position, channels, d, t_valid & added, d_valid)
+            next_du = _tile(first_du, position, channels, d, t_valid & added, d_valid)
             next_state = _load_states(starts + tile * states * channels, state_valid)
 
             decay = tl.exp2(dt[:, :, None, :] * rate[None])
@@ -532,7 +541,9 @@ def _backward_kernel(
             tl.store(ddelta + delta_place, raw_gradient, mask=valid)
             bias_gradient += raw_gradient
             skip_gradient += dout * x
-            tl.store(du + place, before + drive_gradient * dt + skip[None] * dout, mask=valid)
+            both = before + drive_gradient * dt + skip[None] * dout
+            tl.store(first_du + place, both, mask=valid & (backwards == 0))
+            tl.atomic_add(du + place, both, mask=valid & (backwards == 1), sem="relaxed")
 
         _store_states(dA + (first + i) * states * channels + state_place, rate_gradient, state_valid)
         tl.store(dD + (first + i) * channels + d, tl.sum(skip_gradient, 0), mask=d_valid)
@@ -637,7 +648,8 @@ def forward(
     rate = (A.float() * LOG2_E.value).transpose(1, 2).contiguous()
     D = D.float().contiguous()
     delta_bias = D if delta_bias is None else delta_bias.float().contiguous()  # D: any pointer, none is read
-    y = torch.empty((2, *u.shape), dtype=torch.float32, device=u.device)
+    first_y = torch.empty((2, *u.shape), dtype=torch.float32, device=u.device)
+    y = torch.zeros(u.shape, dtype=torch.float32, device=u.device)
     carries = launch.zeros_per_chunk(u, launch.states, launch.channels)
     time_steps = launch.zeros_per_chunk(u, launch.channels)
     with torch.cuda.device_of(u):
@@ -647,10 +659,10 @@ def forward(
         launch.both_axes(
             _forward_kernel,
             FORWARD,
-            *(u, delta, rate, B, C, D, delta_bias, carries, time_steps, y),
+            *(u, delta, rate, B, C, D, delta_bias, carries, time_steps, first_y, y),
             strides=(*delta_strides, *B_strides, *C_strides),
         )
-    return y.sum(0), carries, time_steps
+    return y, carries, time_steps
 
 
 def backward(
@@ -684,7 +696,8 @@ def backward(
     tiles = launch.chunk * triton.cdiv(launch.longest, BACKWARD.tokens)
     adjoint_carries = torch.zeros_like(carries)
     starts = u.new_empty(launch.regions, 2, launch.chunks, tiles, *carries.shape[3:], dtype=torch.float32)
-    du = torch.empty((2, *u.shape), dtype=torch.float32, device=u.device)
+    first_du = torch.empty((2, *u.shape), dtype=torch.float32, device=u.device)
+    du = torch.zeros(u.shape, dtype=torch.float32, device=u.device)
     _, height, width, _, _ = delta.shape
     token, direction = delta_strides
     strides = (height * width * token, width * token, token, direction, 1)
@@ -701,7 +714,7 @@ def backward(
             _backward_kernel,
             BACKWARD,
             *(dy, u, delta, rate, B, C, D, delta_bias, carries, adjoint_carries, time_steps, tiles, starts),
-            *(du, ddelta, dB, dC, dA, dD, dbias),
+            *(first_du, du, ddelta, dB, dC, dA, dD, dbias),
             strides=(*delta_strides, *B_strides, *C_strides),
         )
-    return du.sum(0), ddelta, dA.sum((0, 2)).transpose(1, 2), dB, dC, dD.sum((0, 2)), dbias.sum((0, 2))
+    return du, ddelta, dA.sum((0, 2)).transpose(1, 2), dB, dC, dD.sum((0, 2)), dbias.sum((0, 2))
