@@ -24,8 +24,8 @@ from glmamba_monai.networks import build_network
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundle"
 CONFIGS = BUNDLE / "configs"
-TRAIN, EVALUATE, INFERENCE, MULTI_GPU = (
-    str(CONFIGS / f"{name}.json") for name in ("train", "evaluate", "inference", "multi_gpu_train")
+TRAIN, EVALUATE, INFERENCE, MULTI_GPU, GENERAL = (
+    str(CONFIGS / f"{name}.json") for name in ("train", "evaluate", "inference", "multi_gpu_train", "train_general")
 )
 # Seconds instead of minutes; everything else as it is.
 SHORT = {
@@ -58,8 +58,8 @@ def workflow(files, kind="train", **overrides):
     return made
 
 
-def train(dataset_dir, results, **overrides):
-    made = workflow(TRAIN, **{**SHORT, "dataset_dir": dataset_dir, "output_dir": str(results), **overrides})
+def train(dataset_dir, results, files=TRAIN, **overrides):
+    made = workflow(files, **{**SHORT, "dataset_dir": dataset_dir, "output_dir": str(results), **overrides})
     made.run()
     made.finalize()
     return made
@@ -303,11 +303,55 @@ def test_a_training_may_be_resumed_to_last_longer(dataset_dir, results):
     assert torch.load(results / "checkpoint.pt", weights_only=True)["epoch"] == 3
 
 
+# --- One set of weights for every factor ---
+
+
+def test_training_for_every_factor(tmp_path, make_subject_folder, results):
+    """The overlay on subjects of different contrasts; killed by the wall clock, resumed, evaluated at each factor."""
+    make_subject_folder(tmp_path / "data", n=3, contrasts=("t1", "t2", "flair", "seg"))
+    make_subject_folder(tmp_path / "data", names=["other"], contrasts=("t1", "t2", "pd"), shape=(30, 22, 5), seed=7)
+    both, data = [TRAIN, GENERAL], str(tmp_path / "data")
+    setup = {"num_workers": 0, "validation": ["sub00"], "val_slices": 2, "epochs": 3}
+    made = train(data, results, both, **setup)
+    rows = made.parser.get_parsed_content("validate#key_metric#val_psnr").rows
+    assert {row["subject"] for row in rows} == {f"sub00 at {factor}x" for factor in (2, 3, 4)}
+    zero_filling = [row["psnr"] for row in rows if row["method"] == "zero_filling"]
+    assert zero_filling == sorted(zero_filling, reverse=True) and len(set(zero_filling)) == 3
+    drawn = made.parser.get_parsed_content("train#dataset")
+    assert [len(volume["images"]) for volume in drawn] == [3, 3, 3]
+
+    # the average is what is validated and shipped
+    checkpoint = torch.load(results / "checkpoint.pt", weights_only=True)
+    shipped = torch.load(results / "model.pt", weights_only=True)
+    assert all(not torch.equal(value, shipped[name]) for name, value in checkpoint["network"].items())
+    validated = made.parser.get_parsed_content("validate#evaluator").network.state_dict()
+    assert all(torch.equal(value, shipped[name]) for name, value in validated.items())
+
+    parts = tmp_path / "parts"
+    stopped = workflow(both, **{**SHORT, **setup, "dataset_dir": data, "output_dir": str(parts)})
+    stopped.parser.get_parsed_content("train#trainer").add_event_handler(
+        Events.ITERATION_COMPLETED(once=5), lambda engine: engine.terminate()
+    )
+    stopped.run()
+    torch.manual_seed(1234)
+    train(data, parts, both, **{**setup, "num_workers": 1}, resume=True)
+    again = torch.load(parts / "checkpoint.pt", weights_only=True)
+    for found, expected in ((again, checkpoint), (again["average"], checkpoint["average"])):
+        assert all(torch.equal(found["network"][name], value) for name, value in expected["network"].items())
+
+    evaluation = workflow([TRAIN, EVALUATE], dataset_dir=data, output_dir=str(results), network="srcnn_ref", scale=3)
+    evaluation.run()
+    found = {row["method"]: row for row in csv.DictReader((results / "metrics.csv").open())}
+    assert {row["subject"] for row in found.values()} == {"sub00"}
+
+
 # --- Checks of the model zoo ---
 
 
 @pytest.mark.parametrize(
-    ("files", "kind"), [(TRAIN, "train"), ([TRAIN, EVALUATE], "train"), (INFERENCE, "infer")], ids=str
+    ("files", "kind"),
+    [(TRAIN, "train"), ([TRAIN, EVALUATE], "train"), ([TRAIN, GENERAL], "train"), (INFERENCE, "infer")],
+    ids=str,
 )
 def test_every_property_of_a_bundle_is_there(files, kind, dataset_dir, results, tmp_path):
     overrides = {"dataset_dir": dataset_dir, "output_dir": str(results), "network": "srcnn_ref"}

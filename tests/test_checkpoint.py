@@ -13,7 +13,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 
-from glmamba_monai.engines import LossCurve, TrainingState, WeightsLoader, find_weights, load_weights
+from glmamba_monai.engines import LossCurve, TrainingState, WeightAverage, WeightsLoader, find_weights, load_weights
 from glmamba_monai.engines.checkpoint import random_state, read_checkpoint, set_random_state
 from glmamba_monai.networks import build_network
 
@@ -463,3 +463,67 @@ def test_resume_from_a_damaged_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint\.pt: is no file of weights, or a damaged one"):
         Training(tmp_path, resume=True).run()
     assert files_in(tmp_path) == before
+
+
+# --- average of the weights
+
+
+class AveragedTraining(Training):
+    """A training whose average is kept and shipped."""
+
+    def __init__(self, folder, **options):
+        super().__init__(folder, **options)
+        self.average = self.state.average = WeightAverage(self.network, self.optimizer, decay=0.3)
+        self.by_hand = None
+
+    def step(self, engine, batch):
+        output = super().step(engine, batch)
+        now = {name: value.detach().double().clone() for name, value in self.network.named_parameters()}
+        kept = (0, 1 / 10, 2 / 11, 3 / 12, 0.3, 0.3)[engine.state.iteration - 1]
+        before = self.by_hand or now
+        self.by_hand = {name: kept * before[name] + (1 - kept) * value for name, value in now.items()}
+        return output
+
+
+def test_the_average_is_that_of_all_steps_and_is_what_is_shipped(tmp_path):
+    training = AveragedTraining(tmp_path).run()
+    shipped = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert shipped.keys() == training.network.state_dict().keys()
+    for name, expected in training.by_hand.items():
+        assert torch.allclose(shipped[name].double(), expected, atol=1e-6)
+        assert not torch.equal(shipped[name], training.network.state_dict()[name])
+    # the network itself is trained as without an average
+    assert_same(state_of(training.network), Training(tmp_path / "plain").run().weights[3])
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_resumed_average_goes_on_where_it_stopped(tmp_path, stop_after):
+    AveragedTraining(tmp_path / "whole").run()
+    AveragedTraining(tmp_path / "parts", epochs=stop_after).run()
+    AveragedTraining(tmp_path / "parts", resume=True).run()
+    for file in ("model.pt", "checkpoint.pt"):
+        whole, parts = (torch.load(tmp_path / f / file, weights_only=True) for f in ("whole", "parts"))
+        if file == "checkpoint.pt":
+            assert parts["average"]["steps"] == whole["average"]["steps"] == 6
+            whole, parts = whole["average"]["network"], parts["average"]["network"]
+        assert_same(parts, whole)
+
+
+@pytest.mark.parametrize(
+    ("started", "resumed", "says"), [(Training, AveragedTraining, "without"), (AveragedTraining, Training, "with")]
+)
+def test_an_average_is_neither_begun_nor_dropped_in_the_middle(tmp_path, started, resumed, says):
+    started(tmp_path, epochs=1).run()
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt: is of a training {says} an average"):
+        resumed(tmp_path, resume=True).run()
+    assert files_in(tmp_path) == before
+
+
+def test_a_checkpoint_from_before_there_were_averages_is_resumed(tmp_path):
+    Training(tmp_path, epochs=1).run()
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint.pop("average") is None
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    Training(tmp_path, epochs=2, resume=True).run()
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 2

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glmamba_monai.data import datalist as module
 from glmamba_monai.data import (
+    at_factors,
+    contrast_items,
     dataset_or_demo,
     evaluation_items,
     find_items,
@@ -20,6 +21,7 @@ from glmamba_monai.data import (
     split_subjects,
     write_datalist,
 )
+from glmamba_monai.data import datalist as module
 from glmamba_monai.data.datalist import pair_contrasts, patient_of, require_paired_grids
 
 SMALL = (8, 9, 3)
@@ -530,3 +532,58 @@ def test_inference_files_are_checked(tmp_path, make_subject_folder, make_volume)
         inference_items(stack, files["t1"], None, "t2")
     with pytest.raises(FileNotFoundError, match=r"subject sub00 has no target \(t9\); it has t1, t2"):
         inference_items(None, "t1", tmp_path / "data", "t9")
+
+
+# --- all contrasts of a subject
+
+
+def test_all_contrasts_of_the_subjects_that_are_trained_on(tmp_path, make_subject_folder):
+    folder = tmp_path / "data"
+    files = make_subject_folder(folder, n=3, contrasts=("flair", "pd", "t1", "t2", "seg"), shape=SMALL)
+    make_subject_folder(folder, names=["few"], contrasts=("t1", "t2"), shape=SMALL)
+    datalist = prepare_datalist(folder, tmp_path / "out", "t2", "t1", validation=["sub01"])
+    found = contrast_items(datalist["training"], folder, "t2", "t1")
+    assert [item["subject"] for item in found] == ["few", "sub00", "sub02"]
+    assert [item["contrasts"] for item in found] == [["t2", "t1"], *[["t2", "t1", "flair", "pd"]] * 2]
+    assert found[1]["files"] == [str(files["sub00"][name]) for name in ("t2", "t1", "flair", "pd")]
+    assert [item["slice_axis"] for item in found] == [2, 2, 2]
+
+
+def test_isotropic_subjects_are_trained_on_in_three_planes(tmp_path, make_subject_folder, make_affine):
+    make_subject_folder(tmp_path / "data", n=2, shape=SMALL, affine=make_affine(spacing=(1, 1, 1)))
+    items = prepare_datalist(tmp_path / "data", tmp_path / "out", "t2", "t1")["training"]
+    found = contrast_items(items, tmp_path / "data", "t2", "t1")
+    assert [item["slice_axis"] for item in found] == [0, 1, 2]
+    (coronal,) = contrast_items(items, tmp_path / "data", "t2", "t1", slice_axis="coronal")
+    assert coronal["slice_axis"] == 1
+
+
+def test_a_contrast_on_another_grid_is_left_out(tmp_path, make_subject_folder, make_volume, caplog):
+    files = make_subject_folder(tmp_path / "data", n=2, contrasts=("t1", "t2", "pd"), shape=SMALL)
+    make_volume(files["sub00"]["pd"], np.ones((9, 9, 4)))
+    items, _ = find_items(tmp_path / "data", "t2", "t1")
+    with caplog.at_level(logging.WARNING):
+        found = contrast_items(items["training"], tmp_path / "data", "t2", "t1")
+    assert [item["contrasts"] for item in found] == [["t2", "t1"], ["t2", "t1", "pd"]]
+    assert "pd.nii.gz" in caplog.text and "(9, 9, 4)" in caplog.text and "left out" in caplog.text
+
+
+def test_contrasts_of_a_json_datalist(tmp_path, make_subject_folder):
+    files = make_subject_folder(tmp_path / "data", n=2, contrasts=("t1", "t2", "flair"), shape=SMALL)
+    sections = {
+        name: [{"subject": subject, **{c: str(p) for c, p in files[subject].items()}}]
+        for name, subject in (("training", "sub00"), ("validation", "sub01"))
+    }
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(sections))
+    items = prepare_datalist(path, tmp_path / "out", "t2", "t1")["training"]
+    (found,) = contrast_items(items, path, "t2", "t1")
+    assert found["subject"] == "sub00" and found["contrasts"] == ["t2", "t1", "flair"]
+    assert found["files"] == [str(files["sub00"][name]) for name in ("t2", "t1", "flair")]
+
+
+def test_items_at_factors():
+    assert at_factors([{"subject": "a", "target": "x"}], [2, 2.5]) == [
+        {"subject": "a at 2x", "target": "x", "scale": 2},
+        {"subject": "a at 2.5x", "target": "x", "scale": 2.5},
+    ]

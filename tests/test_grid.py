@@ -9,7 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from glmamba_monai.transforms.grid import find_slice_axis, low_resolution_size, match_grids, require_same_grid
+from glmamba_monai.transforms.grid import (
+    find_slice_axis,
+    low_resolution_size,
+    match_grids,
+    require_same_grid,
+    slice_axes,
+)
 
 SHAPE = (24, 28, 6)
 ORDERS = ["RAS", "LPS", "ASL", "SRA", "PIR", "LIA"]
@@ -245,3 +251,18 @@ def test_low_resolution_size_is_the_ceiling(size):
     # fractional factors: exactly divisible sizes must not gain a line by rounding
     for tenths in (11, 13, 14, 15, 17, 25):
         assert low_resolution_size(size * tenths, tenths / 10) == size * 10
+
+
+@pytest.mark.parametrize(
+    ("spacing", "slice_axis", "expected"),
+    [
+        ((1.0, 1.0, 1.0), "auto", [0, 1, 2]),
+        ((1.0, 1.2, 1.4), "auto", [0, 1, 2]),
+        ((0.5, 0.5, 3.0), "auto", [2]),
+        ((4.0, 1.0, 1.0), "auto", [0]),
+        ((1.0, 1.0, 1.0), "axial", [2]),
+        ((1.0, 1.0, 1.0), 1, [1]),
+    ],
+)
+def test_axes_with_slices_to_train_on(make_affine, spacing, slice_axis, expected):
+    assert slice_axes(make_affine(spacing=spacing), slice_axis) == expected

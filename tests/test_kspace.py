@@ -403,3 +403,12 @@ def test_refused_images_and_sizes():
             KSpaceUpsample()(img, size)
     with pytest.raises(ValueError, match="keep the 4 slices"):
         KSpaceUpsample("bicubic")(img, (16, 16, 8))
+
+
+def test_an_item_may_name_its_own_scale():
+    image = torch.rand(1, 24, 20, 3, generator=torch.Generator().manual_seed(0))
+    degrade = KSpaceLowResolutiond("hr", 2, noise_std=0.1, seed=5, output_keys="lr", scale_key="scale")
+    for scale in (2, 3, 2.5):
+        expected = KSpaceLowResolution(scale, noise_std=0.1, seed=5)(image)
+        assert torch.equal(degrade({"hr": image, "scale": scale})["lr"], expected)
+    assert torch.equal(degrade({"hr": image})["lr"], KSpaceLowResolution(2, noise_std=0.1, seed=5)(image))

@@ -382,6 +382,14 @@ def test_a_volume_without_foreground_slices_is_named():
         ForegroundSlicesd("target", "target")({"target": source})
 
 
+def test_of_several_sources_each_must_have_foreground():
+    first, second = (stack_with_fractions(f) for f in ([0.5, 0.5, 0.04, 0.5], [0.5, 0.04, 0.5, 0.06]))
+    data = {"a": first, "b": 100 * second, "image": torch.arange(4.0).expand(1, 20, 20, 4)}
+    assert ForegroundSlicesd("image", ["a", "b"])(data)["image"][0, 0, 0].tolist() == [0, 3]
+    with pytest.raises(ValueError, match=r"a and b: no slice has 5% foreground \(the fullest has 4\.0%\)"):
+        ForegroundSlicesd("image", ["a", "b"])({key: value[..., 1:3] for key, value in data.items()})
+
+
 def test_data_range_is_the_maximum_of_the_volume(make_brain):
     volume = MetaTensor(make_brain()["t2"][None])
     data = DataRanged("target", "data_range")({"target": volume})

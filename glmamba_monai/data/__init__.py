@@ -1,4 +1,7 @@
+from glmamba_monai.data.contrasts import ContrastPairs, ContrastVolume
 from glmamba_monai.data.datalist import (
+    at_factors,
+    contrast_items,
     dataset_or_demo,
     evaluation_items,
     find_items,
@@ -24,12 +27,16 @@ from glmamba_monai.data.phantom import demo_data, write_demo_data
 __all__ = [
     "LAYOUTS",
     "BackgroundDataLoader",
+    "ContrastPairs",
+    "ContrastVolume",
     "RandOrientedCropd",
     "SliceDataset",
     "SliceDraw",
     "SliceSampler",
+    "at_factors",
     "batch_of_rank",
     "collate_slices",
+    "contrast_items",
     "dataset_or_demo",
     "demo_data",
     "evaluation_items",

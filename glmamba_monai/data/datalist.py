@@ -14,10 +14,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from glmamba_monai.data.layouts import Subjects, contrast_name, find_subjects, read_json_datalist
+from glmamba_monai.data.layouts import CONTRASTS, Subjects, contrast_name, find_subjects, read_json_datalist
 from glmamba_monai.data.phantom import demo_data
 from glmamba_monai.files import write_json
-from glmamba_monai.transforms.grid import require_same_grid
+from glmamba_monai.transforms.grid import Grid, require_same_grid, slice_axes
 
 logger = logging.getLogger(__name__)
 
@@ -161,11 +161,7 @@ def require_paired_grids(items: Sequence[Item]) -> None:
         FileNotFoundError, ValueError: naming the file, what was found and what was expected.
     """
     for item in items:
-        target, reference = require_volume_file(item["target"]), require_volume_file(item["reference"])
-        require_same_grid(
-            (target.shape, target.affine, item["target"]),
-            (reference.shape, reference.affine, item["reference"]),
-        )
+        require_same_grid(_grid_of(item["target"]), _grid_of(item["reference"]))
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
@@ -312,6 +308,68 @@ def write_datalist(datalist: Datalist, output_dir: str | os.PathLike[str]) -> No
         ", ".join(item["subject"] for item in datalist["validation"]),
         file,
     )
+
+
+def contrast_items(
+    items: Sequence[Item],
+    dataset_dir: str | os.PathLike[str],
+    target: str,
+    reference: str,
+    layout: str = "auto",
+    slice_axis: str | int = "auto",
+) -> list[dict[str, Any]]:
+    """All contrasts of subjects, for a training on any two of them.
+
+    Args:
+        items: the subjects, of :func:`prepare_datalist`.
+        dataset_dir: the data set they are of.
+        target: contrast that ``items`` have as target.
+        reference: contrast that they have as reference.
+        layout: see :func:`~glmamba_monai.data.layouts.find_subjects`.
+        slice_axis: see :func:`~glmamba_monai.transforms.grid.slice_axes`.
+
+    Returns:
+        Items ``{"subject", "contrasts", "files", "slice_axis"}``, one for each axis across which a subject has slices:
+        names and files of its contrasts, target and reference first. A contrast on another grid than the target is
+        left out with a warning.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, unreadable or no volume.
+    """
+    path = _absolute(dataset_dir)
+    if path.suffix == ".json":
+        subjects = {name: images for section in read_json_datalist(path).values() for name, images in section.items()}
+    else:
+        _, subjects = find_subjects(path, layout)
+    found: list[dict[str, Any]] = []
+    for item in items:
+        files = {contrast_name(target): item["target"], contrast_name(reference): item["reference"]}
+        grid = _grid_of(item["target"])
+        others = {name: str(subjects[item["subject"]][name]) for name in CONTRASTS if name in subjects[item["subject"]]}
+        for name, file in others.items():
+            if name in files:
+                continue
+            try:
+                require_same_grid(grid, _grid_of(file))
+            except ValueError as error:
+                logger.warning("%s: left out", error)
+            else:
+                files[name] = file
+        found += [
+            {"subject": item["subject"], "contrasts": list(files), "files": list(files.values()), "slice_axis": axis}
+            for axis in slice_axes(grid[1], slice_axis)
+        ]
+    return found
+
+
+def _grid_of(file: str) -> Grid:
+    volume = require_volume_file(file)
+    return volume.shape, volume.affine, file
+
+
+def at_factors(items: Sequence[Item], factors: Sequence[float]) -> list[dict[str, Any]]:
+    """Every item once at each factor: with the key ``scale``, and the factor in the name of its subject."""
+    return [{**item, "subject": f"{item['subject']} at {f:g}x", "scale": f} for item in items for f in factors]
 
 
 def evaluation_items(

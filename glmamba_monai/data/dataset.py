@@ -158,14 +158,18 @@ class SliceDataset(Dataset):
         super().__init__(volumes, transform)
 
     def __getitem__(self, draw: SliceDraw) -> dict[str, torch.Tensor]:
+        self.transform.set_random_state(seed=draw.seed)
+        augmented = self.transform(self.sample(draw))
+        return {key: plain_tensor(augmented[key]) for key in SLICE_KEYS}
+
+    def sample(self, draw: SliceDraw) -> dict[str, Any]:
+        """The slice that is drawn, as the transforms get it."""
         volume = self.data[draw.volume]
         index = int(draw.position * volume[SLICE_KEYS[0]].shape[-1])
-        self.transform.set_random_state(seed=draw.seed)
-        augmented = self.transform({key: _plain(volume[key])[..., index] for key in SLICE_KEYS})
-        return {key: _plain(augmented[key]) for key in SLICE_KEYS}
+        return {key: plain_tensor(volume[key])[..., index] for key in SLICE_KEYS}
 
 
-def _plain(image: torch.Tensor) -> torch.Tensor:
+def plain_tensor(image: torch.Tensor) -> torch.Tensor:
     """Without meta: a training slice has no place in the world, and collating meta costs more than the slice."""
     return image.as_tensor() if isinstance(image, MetaTensor) else image
 

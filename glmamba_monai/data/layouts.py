@@ -16,6 +16,7 @@ Subjects = dict[str, dict[str, Path]]
 
 # What data sets call the contrasts, and what we call them. A name that is not here stands for itself.
 CONTRAST_NAMES = {"t1n": "t1", "t1ce": "t1c", "t2w": "t2", "t2f": "flair"}
+CONTRASTS = ("t1", "t1c", "t2", "flair", "pd")  # what is an image of the subject, and no label or mask
 LAYOUT_PATTERNS = {
     "brats2021": "<subject>/<subject>_{t1,t1ce,t2,flair,seg}.nii.gz",
     "brats2023": "<subject>/<subject>-{t1n,t1c,t2w,t2f,seg}.nii.gz",

@@ -1,13 +1,14 @@
-from glmamba_monai.engines.checkpoint import TrainingState, WeightsLoader, find_weights, load_weights
+from glmamba_monai.engines.checkpoint import TrainingState, WeightAverage, WeightsLoader, find_weights, load_weights
 from glmamba_monai.engines.distributed import join_process_group
 from glmamba_monai.engines.evaluation import ResultsWriter, SubjectMetrics, prepare_batch, super_resolved
 from glmamba_monai.engines.plan import TrainingPlan, trainable_parameters, training_plan
 from glmamba_monai.engines.progress import EpochLine, FinalTable, LossCurve, ValidationPictures
-from glmamba_monai.engines.trainer import SliceTrainer, stacked_items, super_resolved_items
+from glmamba_monai.engines.trainer import GraphInferer, SliceTrainer, stacked_items, super_resolved_items
 
 __all__ = [
     "EpochLine",
     "FinalTable",
+    "GraphInferer",
     "LossCurve",
     "ResultsWriter",
     "SliceTrainer",
@@ -15,6 +16,7 @@ __all__ = [
     "TrainingPlan",
     "TrainingState",
     "ValidationPictures",
+    "WeightAverage",
     "WeightsLoader",
     "find_weights",
     "join_process_group",

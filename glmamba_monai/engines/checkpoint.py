@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import random
@@ -13,6 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Workflow
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from glmamba_monai.data.datalist import DATALIST_FILE, Datalist, write_datalist
 from glmamba_monai.files import write_checkpoint
@@ -143,11 +145,45 @@ class WeightsLoader:
             logger.info("weights of %s loaded from %s", self.name, self.path)
 
 
+class WeightAverage:
+    """Exponential moving average of a network's parameters, updated by every step of its optimiser.
+
+    Before step n + 1 the average counts for n / (n + 9), at most ``decay``, so that the first steps are soon forgotten.
+    Torch's ``AveragedModel`` waits for the GPU at every update.
+
+    Args:
+        network: without any distributed wrapper.
+        optimizer: its optimiser.
+        decay: what a step leaves of the average before it, in the long run.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, decay: float = 0.999) -> None:
+        self.source = network
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.decay = decay
+        self.steps = 0
+        # A hook cannot be forgotten, as a handler can that each config lists anew.
+        optimizer.register_step_post_hook(lambda *_: self.update())
+
+    def update(self) -> None:
+        average = get_ema_multi_avg_fn(min(self.decay, self.steps / (self.steps + 9)))
+        average(list(self.network.parameters()), list(self.source.parameters()), None)
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "network": self.network.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.network.load_state_dict(state["network"])
+
+
 class TrainingState:
     """Writes ``checkpoint.pt`` after every epoch, ``model.pt`` whenever validation improves, and resumes.
 
-    The checkpoint holds network, optimiser, schedule, epoch, best metric and the state of every random generator;
-    draws of slices and augmentation depend on seed and epoch alone (:class:`~glmamba_monai.data.SliceSampler`).
+    The checkpoint holds network, average, optimiser, schedule, epoch, best metric and the state of every random
+    generator; draws of slices and augmentation depend on seed and epoch alone
+    (:class:`~glmamba_monai.data.SliceSampler`).
     So on a CPU a training that was killed and resumed ends with the same bits as one that was not.
 
     Attach it as the last handler of the trainer, so that an epoch's validation lies behind it.
@@ -162,6 +198,7 @@ class TrainingState:
         datalist: the split; written beside the weights once the training starts, when every volume has been read.
         resume: continue from the checkpoint that stands in ``folder``, if there is one.
         write: whether this process writes (rank 0).
+        average: what to take the weights of ``model.pt`` from, instead of the network; the evaluator's network, then.
     """
 
     def __init__(
@@ -175,8 +212,10 @@ class TrainingState:
         datalist: Datalist,
         resume: bool = False,
         write: bool = True,
+        average: WeightAverage | None = None,
     ) -> None:
         self.network = network
+        self.average = average
         self.optimizer = optimizer
         self.schedule = schedule
         self.evaluator = evaluator
@@ -212,12 +251,14 @@ class TrainingState:
         if not self.write:
             return
         if improved:
-            write_checkpoint(self.folder / WEIGHTS_FILE, self.network.state_dict())
+            shipped = self.network if self.average is None else self.average.network
+            write_checkpoint(self.folder / WEIGHTS_FILE, shipped.state_dict())
         write_checkpoint(
             self.folder / CHECKPOINT_FILE,
             {
                 "name": self.name,
                 "network": self.network.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule_step": self.schedule.last_epoch,
                 "epoch": engine.state.epoch,
@@ -247,7 +288,15 @@ class TrainingState:
                 f"{path}: is of epoch {checkpoint['epoch']}, but the training is to end at epoch "
                 f"{engine.state.max_epochs}; raise --epochs"
             )
+        average = checkpoint.get("average")
+        if (average is None) != (self.average is None):
+            raise ValueError(
+                f"{path}: is of a training {'without' if average is None else 'with'} an average of the weights; "
+                "resume it with the configs it was started with"
+            )
         load_weights(self.network, path, self.name)
+        if self.average is not None:
+            self.average.load_state_dict(average)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         # The step alone, so that a training may be resumed to be made longer.
         self.schedule.last_epoch = checkpoint["schedule_step"]

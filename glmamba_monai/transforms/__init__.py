@@ -1,3 +1,4 @@
+from glmamba_monai.transforms.augmentation import FACTORS, RandLowResolutiond, RandPixelSized, inverted_contrast
 from glmamba_monai.transforms.intensity import RestoreIntensityd, ScaleByPercentile, ScaleByPercentiled
 from glmamba_monai.transforms.kspace import (
     KSpaceLowResolution,
@@ -18,6 +19,7 @@ from glmamba_monai.transforms.volume import (
 )
 
 __all__ = [
+    "FACTORS",
     "DataRanged",
     "ForegroundLeveld",
     "ForegroundSlicesd",
@@ -30,8 +32,11 @@ __all__ = [
     "MatchReferenced",
     "NameOutputd",
     "PairOnGridd",
+    "RandLowResolutiond",
+    "RandPixelSized",
     "RestoreIntensityd",
     "ScaleByPercentile",
     "ScaleByPercentiled",
     "SlicesBackd",
+    "inverted_contrast",
 ]

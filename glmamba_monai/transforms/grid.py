@@ -75,6 +75,20 @@ def find_slice_axis(affine: np.ndarray, slice_axis: str | int = "auto") -> int:
     return next(axis for axis, code in enumerate(codes) if code in PLANES[slice_axis])
 
 
+def slice_axes(affine: np.ndarray, slice_axis: str | int = "auto") -> list[int]:
+    """Every axis across which a volume has slices to train on.
+
+    Args:
+        affine: 4x4 voxel-to-world matrix.
+        slice_axis: see :func:`find_slice_axis`, which gives the one axis of anything but "auto". "auto" is all three
+            axes of (nearly) isotropic voxels, and otherwise the axis of thick slices.
+    """
+    spacing = np.sort(_spacing(affine))
+    if slice_axis == "auto" and spacing[-1] <= THICK_SLICES * spacing[0]:
+        return [0, 1, 2]
+    return [find_slice_axis(affine, slice_axis)]
+
+
 def low_resolution_size(size: int, scale: float) -> int:
     """Matrix size ``ceil(size / scale)`` that an axis keeps in low resolution (docs/data.md, preprocessing)."""
     return math.ceil(size / scale - 1e-9)  # the tolerance keeps rounding of a fractional factor from adding a line

@@ -263,6 +263,7 @@ class KSpaceLowResolutiond(MapTransform):
         noise_std: see :py:class:`KSpaceLowResolution`.
         seed: see :py:class:`KSpaceLowResolution`.
         output_keys: keys to write the LR images to, one for each of ``keys``; in place by default.
+        scale_key: key that holds the scale of an item, in place of ``scale``, where an item has this key.
         allow_missing_keys: do not raise if a key is missing.
 
     Raises:
@@ -280,16 +281,21 @@ class KSpaceLowResolutiond(MapTransform):
         noise_std: float = 0.0,
         seed: int = 0,
         output_keys: KeysCollection | None = None,
+        scale_key: Hashable | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.output_keys = _output_keys(self.keys, output_keys)
+        self.scale_key = scale_key
         self.degrade = KSpaceLowResolution(scale, mode, noise_std, seed)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        degrade = self.degrade
+        if self.scale_key in d:
+            degrade = KSpaceLowResolution(d[self.scale_key], degrade.mode, degrade.noise_std, degrade.seed)
         for key, output_key in self.key_iterator(d, self.output_keys):
-            d[output_key] = self.degrade(d[key])
+            d[output_key] = degrade(d[key])
         return d
 
 

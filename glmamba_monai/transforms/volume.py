@@ -10,6 +10,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor, NibabelReader
 from monai.transforms import LoadImage, MapTransform, Orientation, Transform
+from monai.utils import ensure_tuple
 from nibabel import aff2axcodes
 
 from glmamba_monai.transforms.grid import find_slice_axis, match_grids, require_same_grid
@@ -243,26 +244,27 @@ class ForegroundSlicesd(MapTransform):
 
     Args:
         keys: volumes ``(C, X, Y, S)`` to cut, all with the same slices.
-        source_key: the volume whose foreground decides; usually the target.
+        source_key: the volume whose foreground decides; usually the target. Of several, each must have enough.
         max_slices: keep at most so many, evenly spaced; None for all.
 
     Raises:
         ValueError: no slice has enough foreground.
     """
 
-    def __init__(self, keys: KeysCollection, source_key: str, max_slices: int | None = None) -> None:
+    def __init__(self, keys: KeysCollection, source_key: KeysCollection, max_slices: int | None = None) -> None:
         super().__init__(keys)
-        self.source_key = source_key
+        self.source_keys = ensure_tuple(source_key)
         self.max_slices = max_slices
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        source = d[self.source_key]
-        fraction = foreground(source).float().mean(dim=(0, 1, 2))
-        kept = torch.nonzero(torch.as_tensor(fraction) >= MIN_FOREGROUND).flatten()
+        fractions = [foreground(d[key]).float().mean(dim=(0, 1, 2)) for key in self.source_keys]
+        fraction = torch.stack([torch.as_tensor(f) for f in fractions]).amin(dim=0)
+        kept = torch.nonzero(fraction >= MIN_FOREGROUND).flatten()
         if len(kept) == 0:
+            names = " and ".join(_name(d[key], key) for key in self.source_keys)
             raise ValueError(
-                f"{_name(source, self.source_key)}: no slice has {MIN_FOREGROUND:.0%} foreground "
+                f"{names}: no slice has {MIN_FOREGROUND:.0%} foreground "
                 f"(the fullest has {float(fraction.max()):.1%}); is the slice axis right?"
             )
         if self.max_slices is not None and len(kept) > self.max_slices:

@@ -1,0 +1,306 @@
+"""Random slices for weights of every factor: what inference would see, aligned, and a function of the draw alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.data import Dataset, MetaTensor
+from monai.transforms import Compose
+from scipy.ndimage import center_of_mass
+
+from glmamba_monai.data import ContrastPairs, ContrastVolume, SliceDraw, SliceSampler, contrast_items, volume_dataset
+from glmamba_monai.transforms import FACTORS, RandLowResolutiond, RandPixelSized, inverted_contrast
+
+CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
+
+
+def configured(**overrides):
+    """train.json with train_general.json over it; of the transforms, those of the overlay as dictionaries."""
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in ("train.json", "train_general.json")])
+    for name, value in {"network": "srcnn_ref", "num_workers": 0, **overrides}.items():
+        parser[name] = value
+    return parser
+
+
+def augmentation(calm=False, only=None, **overrides):
+    """That of train_general.json; ``calm``: nothing random is done but the factor; ``only``: one transform alone."""
+    parser = configured(**overrides)
+    steps = parser["train#augmentation#transforms"]
+    if calm:
+        for step in steps:
+            if "prob" in step or step["_target_"].endswith("RandPixelSized"):
+                step["prob"] = 0
+            if step["_target_"].endswith("RandLowResolutiond"):
+                step.update(noisy=0, zero_fill=0)
+        steps = [step for step in steps if not step["_target_"].endswith("RandOrientedCropd")]
+    if only is not None:
+        steps = [{**step, "prob": 1} for step in steps if step["_target_"].endswith(only)]
+        assert len(steps) == 1
+    parser["train#augmentation#transforms"] = steps
+    return parser.get_parsed_content("train#augmentation")
+
+
+def blob(size, centre, width=4.0):
+    """A Gaussian spot ``(1, X, Y)``; ``centre`` in units of the field of view."""
+    x, y = (((np.arange(n) + 0.5) - c * n) / width for n, c in zip(size, centre))
+    return torch.tensor(np.exp(-0.5 * (x[:, None] ** 2 + y[None] ** 2)), dtype=torch.float32)[None]
+
+
+def place(image):
+    """Centre of mass in units of the field of view."""
+    return (np.array(center_of_mass(image[0].numpy() ** 2)) + 0.5) / np.array(image.shape[1:])
+
+
+@pytest.fixture
+def subjects(tmp_path, make_subject_folder):
+    """Three subjects of four contrasts, as items."""
+    made = make_subject_folder(tmp_path / "data", n=3, contrasts=("t1", "t2", "flair", "pd", "seg"), shape=(48, 40, 8))
+    items = [{"subject": s, "target": str(f["t2"]), "reference": str(f["t1"])} for s, f in made.items()]
+    return items, str(tmp_path / "data")
+
+
+@pytest.fixture
+def volumes(subjects):
+    items, folder = subjects
+    return volume_dataset(contrast_items(items, folder, "t2", "t1"), ContrastVolume())
+
+
+# --- what inference would see
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_without_chance_a_slice_is_that_of_the_single_scale_training(subjects, volumes, factor):
+    """The same file through the volume's transforms of train.json, which are those of inference."""
+    items, _ = subjects
+    whole = configured(scale=factor).get_parsed_content("train#deterministic_transforms")
+    transform = augmentation(calm=True)
+    degrade = next(t for t in transform.transforms if isinstance(t, RandLowResolutiond))
+    pairs = ContrastPairs(volumes, transform, first_pair=1, wrong_reference=0)
+    compared = 0
+    expected = Compose(whole)(items[1])
+    for seed in range(12):
+        found = pairs[SliceDraw(1, 0.4, seed)]
+        if degrade.factor != factor:
+            continue
+        index = 3  # no slice of these subjects is left out
+        for key, tolerance in (("image", 2e-6), ("target", 2e-6)):
+            difference = found[key] - expected[key].as_tensor()[..., index]
+            assert difference.abs().max() < tolerance, key
+        compared += 1
+    assert compared
+
+
+def test_the_divisor_between_factors_is_that_of_the_volume(volumes, subjects):
+    items, _ = subjects
+    for factor in FACTORS:
+        prepared = Compose(configured(scale=factor).get_parsed_content("train#deterministic_transforms"))(items[0])
+        # images are in units of their own percentile, so that the ratio of the divisors remains
+        target = prepared["target"].as_tensor() * prepared["divisor"]
+        own = np.percentile(target.double().numpy(), 99.9)
+        assert volumes[0]["divisors"][0][FACTORS.index(factor)] == pytest.approx(prepared["divisor"] / own, rel=1e-5)
+
+
+def test_every_draw_of_the_degradation_is_within_its_limits():
+    degrade = RandLowResolutiond("target", "upsampled", "divisors")
+    seen = Counter()
+    draws = 1500
+    for seed in range(draws):
+        degrade.set_random_state(seed=seed)
+        degrade.randomize()
+        assert 2 <= degrade.factor <= 4 and 0 <= degrade.noise <= 0.03
+        seen.update([degrade.mode, "noisy" if degrade.noise else "clean", degrade.factor in FACTORS])
+    share = {key: n / draws for key, n in seen.items()}
+    assert share["zero_fill"] == pytest.approx(0.1, abs=0.03)
+    assert share["noisy"] == pytest.approx(0.2, abs=0.05)
+    assert share[True] == pytest.approx(0.7, abs=0.05)
+
+
+def test_the_noise_is_that_of_the_magnitude_of_the_low_resolution():
+    """In the air a Rician magnitude has the mean sqrt(pi / 2) sigma, in units of the divisor."""
+    degrade = RandLowResolutiond("target", "upsampled", "divisors", noisy=1, zero_fill=1, noise_std=0.03)
+    air = torch.zeros(1, 96, 96)
+    for seed in range(4):
+        degrade.set_random_state(seed=seed)
+        upsampled = degrade({"target": air, "divisors": torch.tensor([0.9, 0.8, 0.7])})["upsampled"]
+        assert upsampled.mean() == pytest.approx(np.sqrt(np.pi / 2) * degrade.noise, rel=0.05)
+
+
+# --- alignment
+
+
+@pytest.mark.parametrize("size", [(120, 96), (121, 75)])
+@pytest.mark.parametrize("centre", [(0.3, 0.6), (0.52, 0.41)])
+def test_coarser_pixels_do_not_move_the_image(size, centre):
+    spot = blob(size, centre)
+    coarser = RandPixelSized(["target", "reference"], "pixel_size", largest=1.25, prob=1)
+    sizes = []
+    for seed in range(30):
+        coarser.set_random_state(seed=seed)
+        made = coarser({"target": spot, "reference": 2 * spot, "pixel_size": 0.5})
+        assert torch.allclose(made["reference"], 2 * made["target"])
+        assert 0.5 <= made["pixel_size"] <= 1.25
+        np.testing.assert_allclose(made["target"].shape[1:], np.array(size) * 0.5 / made["pixel_size"], atol=1)
+        np.testing.assert_allclose(place(made["target"]), place(spot), atol=0.01 / min(size))
+        sizes.append(made["pixel_size"])
+    # equal odds for equal ratios: half of them below the geometric mean
+    assert 0.25 < np.mean(np.array(sizes) < np.sqrt(0.5 * 1.25)) < 0.75
+
+
+def test_large_pixels_stay_as_they_are():
+    spot = blob((20, 24), (0.5, 0.5))
+    made = RandPixelSized("target", "pixel_size", largest=1.25, prob=1)({"target": spot, "pixel_size": 2.0})
+    assert made["target"] is spot and made["pixel_size"] == 2.0
+
+
+def test_the_reference_is_moved_by_two_pixels_and_three_degrees_at_most():
+    move = augmentation(only="RandAffined")
+    middle, edge = (blob((101, 101), c, 3) for c in ((0.5, 0.5), (0.5, 0.9)))
+    shifts, angles = [], []
+    for seed in range(60):
+        found = []
+        for spot in (middle, edge):
+            move.set_random_state(seed=seed)
+            found.append(place(torch.as_tensor(move({"reference": spot})["reference"])) * 101)
+        shifts.append(found[0] - 50.5)
+        along = found[1] - found[0]
+        angles.append(np.degrees(np.arctan2(along[0], along[1])))
+    assert np.abs(shifts).max() < 2.1 and np.abs(angles).max() < 3.1
+    for values in (*np.transpose(shifts) / 2, np.array(angles) / 3):
+        assert values.min() < -0.7 and values.max() > 0.7 and abs(values.mean()) < 0.25
+
+
+def test_a_reference_that_is_not_moved_is_not_resampled():
+    parser = configured()
+    step = {**parser["train#augmentation#transforms"][1], "prob": 1, "rotate_range": 0, "translate_range": [0, 0]}
+    assert step["_target_"] == "RandAffined"
+    parser["train#augmentation#transforms"] = [step]
+    image = torch.rand(1, 31, 40, generator=torch.Generator().manual_seed(0))
+    moved = parser.get_parsed_content("train#augmentation")({"reference": image})["reference"]
+    assert torch.allclose(torch.as_tensor(moved), image, atol=1e-4)
+
+
+# --- contrast
+
+
+def test_inverted_contrast_swaps_tissues_and_keeps_the_air():
+    image = torch.tensor([0.0, 0.3, 0.9, 1.6])
+    air, dark, bright, brightest = inverted_contrast(image).tolist()
+    assert air == 0 == brightest and dark == pytest.approx(0.8) and bright == pytest.approx(0.2)
+    fine = inverted_contrast(torch.linspace(0, 2, 2001))
+    assert fine.min() >= 0 and fine.diff().abs().max() < 0.02
+
+
+def test_missing_and_wrong_references_come_up_as_often_as_said(volumes):
+    parser = configured(crop_size=24)
+    pairs = ContrastPairs(volumes, parser.get_parsed_content("train#augmentation"), wrong_reference=0)
+    draws = [SliceDraw(i % 3, 0.5, i) for i in range(600)]
+    empty = np.mean([bool((pairs[d]["image"][1] == 0).all()) for d in draws])
+    assert empty == pytest.approx(0.05, abs=0.03)
+
+
+# --- pairs
+
+
+def numbered(subjects=3, contrasts=3, slices=8, size=(6, 7)):
+    """Volumes whose values say what they are: 100 subject + 10 contrast + slice."""
+    return Dataset(
+        [
+            {
+                "images": torch.stack(
+                    [
+                        (100.0 * v + 10 * c + torch.arange(float(slices))).expand(size[0] + v, size[1], -1)
+                        for c in range(contrasts)
+                    ]
+                ),
+                "divisors": torch.arange(3.0 * contrasts).reshape(contrasts, 3),
+                "pixel_size": 1.0 + v,
+            }
+            for v in range(subjects)
+        ]
+    )
+
+
+def drawn(pairs, volume=1, position=0.5, draws=800):
+    """What the samples of many draws consist of: subject, contrast and slice of the target and of the reference."""
+    result = []
+    for seed in range(draws):
+        sample = pairs.sample(SliceDraw(volume, position, seed))
+        numbers = [int(sample[key][0, 3, 3]) for key in ("target", "reference")]
+        assert sample["target"].shape == sample["reference"].shape
+        contrast = numbers[0] // 10 % 10
+        assert sample["divisors"].tolist() == [3.0 * contrast, 3.0 * contrast + 1, 3.0 * contrast + 2]
+        assert sample["pixel_size"] == 1.0 + volume
+        result.append(tuple(divmod(n, 100)[:1] + divmod(n % 100, 10) for n in numbers))
+    return result
+
+
+def test_pairs_are_two_contrasts_of_one_slice():
+    found = drawn(ContrastPairs(numbered(), Compose([]), first_pair=0.4, wrong_reference=0))
+    assert all(t[0] == r[0] == 1 and t[2] == r[2] == 4 and t[1] != r[1] for t, r in found)
+    share = {pair: n / len(found) for pair, n in Counter((t[1], r[1]) for t, r in found).items()}
+    assert len(share) == 6 and share.pop((0, 1)) == pytest.approx(0.4 + 0.6 / 6, abs=0.06)
+    assert all(value == pytest.approx(0.1, abs=0.04) for value in share.values())
+
+
+def test_a_wrong_reference_never_shows_the_target():
+    found = drawn(ContrastPairs(numbered(), Compose([]), wrong_reference=1))
+    assert all((t[0], t[2]) != (r[0], r[2]) for t, r in found)
+    assert {r[0] for _, r in found} == {0, 1, 2}
+    assert all(r[2] == 4 for _, r in found if r[0] != 1)
+    few = drawn(ContrastPairs(numbered(), Compose([]), wrong_reference=0.1))
+    assert np.mean([(t[0], t[2]) != (r[0], r[2]) for t, r in few]) == pytest.approx(0.1, abs=0.04)
+
+
+def test_the_only_subject_serves_as_its_own_wrong_reference():
+    found = drawn(ContrastPairs(numbered(subjects=1), Compose([]), wrong_reference=1), volume=0, draws=100)
+    assert all(t[2] != r[2] for t, r in found)
+
+
+# --- reproducibility
+
+
+def test_draws_are_reproducible_in_any_order(volumes):
+    parser = configured(crop_size=24)
+    pairs = ContrastPairs(volumes, parser.get_parsed_content("train#augmentation"))
+    before = [torch.as_tensor(v["images"]).clone() for v in volumes]
+    sampler = SliceSampler(volumes, 40, seed=3)
+    expected = {draw: pairs[draw] for draw in sampler}
+    np.random.seed(1)
+    torch.manual_seed(1)
+    fresh = ContrastPairs(volumes, configured(crop_size=24).get_parsed_content("train#augmentation"))
+    for draw in reversed(list(sampler)):
+        found = fresh[draw]
+        for key, value in expected[draw].items():
+            assert not isinstance(value, MetaTensor) and value.shape[1:] == (24, 24)
+            assert torch.equal(found[key], value) and torch.isfinite(value).all()
+    assert len({value["target"].numpy().tobytes() for value in expected.values()}) == 40
+    for v, kept in zip(volumes, before):
+        assert torch.equal(torch.as_tensor(v["images"]), kept)
+
+
+# --- preparation
+
+
+def test_a_subject_is_prepared_with_all_its_contrasts(subjects, volumes):
+    items, _ = subjects
+    prepared = volumes[0]
+    assert prepared["images"].shape == (4, 48, 40, 8) and prepared["divisors"].shape == (4, 3)
+    assert prepared["pixel_size"] == pytest.approx(0.9)
+    for channel in torch.as_tensor(prepared["images"]):
+        assert np.percentile(channel.double().numpy(), 99.9) == pytest.approx(1, rel=1e-4)
+    whole = Compose(configured().get_parsed_content("train#deterministic_transforms"))(items[0])
+    assert torch.allclose(torch.as_tensor(prepared["images"][1:2]), whole["reference"].as_tensor())
+
+
+def test_slices_that_one_contrast_does_not_show_are_left_out(tmp_path, make_brain, make_volume):
+    volumes = make_brain(("t1", "t2"), (30, 32, 6))
+    volumes["t1"][..., 4:] = 0
+    files = [str(make_volume(tmp_path / f"{name}.nii.gz", volumes[name])) for name in ("t2", "t1")]
+    item = {"subject": "a", "contrasts": ["t2", "t1"], "files": files, "slice_axis": 2}
+    assert ContrastVolume()(item)["images"].shape == (2, 30, 32, 4)
