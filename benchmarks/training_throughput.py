@@ -71,7 +71,7 @@ def main(
     batch: int = 4,
     epochs: int = 4,
     iterations: int = 50,
-    amp: bool = False,
+    amp: bool = True,
     device: str = "cpu",
     dataset_dir: str | None = None,
     crop_size: int | None = None,

@@ -21,6 +21,7 @@ def super_resolve(
     weights: str | None = None,
     slice_axis: Any = "auto",
     bundle_root: str | None = None,
+    data_consistency: bool = False,
 ) -> None:
     """Super-resolve a low-resolution NIfTI volume with a sharp one of another contrast.
 
@@ -32,13 +33,16 @@ def super_resolve(
         network: registered network.
         weights: file of weights, instead of the bundle's models/model.pt.
         slice_axis: auto, 0, 1, 2, axial, coronal or sagittal.
+        data_consistency: put the measured low frequencies in place of the result's.
     """
     from glmamba_monai import inference
 
     # Ignite logs every error that ends a run, which main reports, and MONAI that its logging is left alone.
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
     logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
-    inference.super_resolve(image, reference, output, scale, network, weights, slice_axis)
+    inference.super_resolve(
+        image, reference, output, scale, network, weights, slice_axis, data_consistency=data_consistency
+    )
     print(output)
 
 
@@ -99,6 +103,7 @@ EXPECTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "str | None": ((str, type(None)), "text; write ./NAME for a file whose name is a number"),
     "int": (int, "an integer"),
     "float": ((int, float), "a number"),
+    "bool": (bool, "True or False"),
 }
 
 
@@ -121,7 +126,7 @@ def deferred(command: Callable[..., None]) -> Callable[..., Call]:
     def bind(*arguments: Any, **options: Any) -> Call:
         for name, value in signature.bind(*arguments, **options).arguments.items():
             types, words = EXPECTED.get(signature.parameters[name].annotation, (object, ""))
-            if not isinstance(value, types) or (isinstance(value, bool) and types is not object):
+            if not isinstance(value, types) or (isinstance(value, bool) and types not in (bool, object)):
                 raise ValueError(f"{name} must be {words}, got {value!r}")
         return Call(functools.partial(command, *arguments, **options))
 

@@ -28,6 +28,7 @@ def super_resolve(
     weights: PathLike | None = None,
     slice_axis: str | int = "auto",
     bundle_root: PathLike | None = None,
+    data_consistency: bool = False,
     **overrides: Any,
 ) -> MetaTensor:
     """Super-resolve a low-resolution volume with a sharp volume of another contrast.
@@ -41,6 +42,9 @@ def super_resolve(
         weights: file of weights; None for the bundle's ``models/model.pt``.
         slice_axis: "auto", an axis, or "axial", "coronal", "sagittal".
         bundle_root: folder of the bundle; None for the one beside the package.
+        data_consistency: put the measured low frequencies of ``image`` in place of the result's
+            (:class:`~glmamba_monai.transforms.KSpaceDataConsistency`). ``image`` must have the matrix it was measured
+            on, over the reference's field of view.
         overrides: further keys of ``inference.json``, such as ``batch_size`` or ``device``.
 
     Returns:
@@ -66,6 +70,7 @@ def super_resolve(
         network=network,
         weights=None if weights is None else str(weights),
         slice_axis=slice_axis,
+        data_consistency=data_consistency,
         **overrides,
     )
     workflow.initialize()

@@ -92,6 +92,7 @@ def test_training_writes_what_it_promises(dataset_dir, results, capsys):
         r"epoch 2/2, loss 0\.\d+, train PSNR .* dB, validation PSNR .* images/s, 0:00:00 left",
         r"\| zero_filling \| \d+\.\d\d ± ",
         r"\| srcnn_ref \| \d+\.\d\d ± ",
+        r"\| srcnn_ref \+ dc \| \d+\.\d\d ± ",
     ):
         assert re.search(pattern, printed), printed
     weights = torch.load(results / "model.pt", weights_only=True)
@@ -137,12 +138,12 @@ def test_evaluation_of_a_trained_network(dataset_dir, results):
     )
     evaluation.run()
     rows = list(csv.DictReader((results / "metrics.csv").open()))
-    assert {(r["subject"], r["method"]) for r in rows} == {
-        (f"sub{i:02d}", m) for i in range(4) for m in ("zero_filling", "bicubic", "srcnn_ref")
-    }
+    methods = [m + dc for dc in ("", " + dc") for m in ("zero_filling", "bicubic", "srcnn_ref")]
+    assert {(r["subject"], r["method"]) for r in rows} == {(f"sub{i:02d}", m) for i in range(4) for m in methods}
     assert list(rows[0])[:5] == ["subject", "method", "slices", "psnr", "ssim"]
     summary = json.loads((results / "summary.json").read_text())
-    for method in ("zero_filling", "bicubic", "srcnn_ref"):
+    assert summary["methods"].keys() == set(methods)
+    for method in methods:
         values = [float(r["psnr"]) for r in rows if r["method"] == method]
         assert summary["methods"][method]["psnr"]["mean"] == pytest.approx(np.mean(values), abs=1e-5)
         assert summary["methods"][method]["psnr"]["sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
@@ -161,7 +162,7 @@ def test_a_network_without_parameters_is_evaluated_but_not_trained(dataset_dir, 
     evaluation = workflow([TRAIN, EVALUATE], dataset_dir=dataset_dir, output_dir=str(results), network="bicubic")
     evaluation.run()
     rows = list(csv.DictReader((results / "metrics.csv").open()))
-    assert [r["method"] for r in rows] == ["zero_filling", "bicubic"]
+    assert [r["method"] for r in rows] == ["zero_filling", "bicubic", "zero_filling + dc", "bicubic + dc"]
 
 
 class ValuesRead(TorchDispatchMode):
@@ -195,8 +196,9 @@ def test_amp_is_bfloat16_and_for_gpus(amp, device, expected):
     parser.update({"amp": amp, "device": f"$torch.device('{device}')"})
     assert parser.get_parsed_content("autocast") is expected
     assert parser.get_parsed_content("autocast_options") == {"dtype": torch.bfloat16}
-    for engine in ("train#trainer", "validate#evaluator"):
-        assert (parser[engine]["amp"], parser[engine]["amp_kwargs"]) == ("@autocast", "@autocast_options")
+    trainer, evaluator = parser["train#trainer"], parser["validate#evaluator"]
+    assert (trainer["amp"], trainer["amp_kwargs"]) == ("@autocast", "@autocast_options")
+    assert "amp" not in evaluator  # figures are taken in float32
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")

@@ -251,7 +251,7 @@ class Training:
         self.weights = {}  # after every epoch
         self.psnr = psnr
         self.evaluator = SimpleNamespace(
-            state=SimpleNamespace(best_metric=-1, best_metric_epoch=-1, epoch=0), run=self.validate
+            state=SimpleNamespace(best_metric=-1, best_metric_epoch=-1, epoch=0, metrics={}), run=self.validate
         )
         self.state = TrainingState(
             self.network, self.optimizer, self.schedule, self.evaluator, folder, name, SPLIT, **options
@@ -281,6 +281,7 @@ class Training:
         state = self.evaluator.state
         state.epoch = epoch
         self.validated.append(epoch)
+        state.metrics = {"val_psnr": self.psnr[epoch - 1]}
         if self.psnr[epoch - 1] > state.best_metric:
             state.best_metric, state.best_metric_epoch = self.psnr[epoch - 1], epoch
 
@@ -319,6 +320,44 @@ def test_a_resumed_training_goes_on_where_it_stopped(tmp_path, stop_after):
         assert str(found) == str(expected)
     assert_same(state_of(resumed.network), whole.weights[3])
     assert resumed.schedule.get_last_lr() == whole.schedule.get_last_lr()
+
+
+def test_the_checkpoint_keeps_the_learning_curve(tmp_path):
+    """One point a validation, with the seconds of the steps of both processes."""
+    spent = {}
+
+    def seconds_are(trainer, scale):  # before the state's own handler, as the engine measures them
+        def measured(engine):
+            spent[engine.state.epoch] = engine.state.times["EPOCH_COMPLETED"] = scale * engine.state.epoch
+
+        trainer._event_handlers[Events.EPOCH_COMPLETED].insert(0, (measured, (trainer,), {}))
+
+    for epochs, scale in ((2, 1.0), (4, 10.0)):
+        training = Training(tmp_path, psnr=(1.0, 3.0, 2.0, 2.5), epochs=epochs, resume=True)
+        seconds_are(training.trainer, scale)
+        training.run()
+    assert spent == {1: 1.0, 2: 2.0, 3: 30.0, 4: 40.0}
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["history"] == [
+        {"epoch": epoch, "iteration": 2 * epoch, "seconds": seconds, "val_psnr": psnr}
+        for epoch, seconds, psnr in ((1, 1.0, 1.0), (2, 3.0, 3.0), (3, 33.0, 2.0), (4, 73.0, 2.5))
+    ]
+
+
+def test_epochs_without_validation_are_no_points_of_the_curve_but_take_their_time(tmp_path):
+    training = Training(tmp_path)
+    training.trainer.remove_event_handler(training.end_of_epoch, Events.EPOCH_COMPLETED)
+    training.run()  # the state validates the last epoch
+    (point,) = training.state.history
+    assert point["epoch"] == 3 and point["seconds"] == training.state.seconds > 0
+
+
+def test_a_checkpoint_from_before_the_curve_is_resumed(tmp_path):
+    Training(tmp_path, epochs=1).run()
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del checkpoint["history"], checkpoint["seconds"]
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    assert [point["epoch"] for point in Training(tmp_path, epochs=2, resume=True).run().state.history] == [2]
 
 
 class FullDisk:

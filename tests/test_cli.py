@@ -82,6 +82,7 @@ def test_super_resolve_prints_the_file_it_wrote(tmp_path, files, command):
         ["--scale", "auto"],
         ["--slice_axis", "2"],
         ["--slice-axis=axial"],
+        ["--data_consistency", "False"],
     ],
     ids=" ".join,
 )
@@ -91,6 +92,17 @@ def test_numbers_lists_and_words_arrive_as_meant(tmp_path, files, command, optio
     assert status == 0, err
     expected = super_resolve_in_python(files["lr"], files["t1"], network="zero_filling")
     np.testing.assert_array_equal(data(output), expected[0].numpy())
+
+
+@pytest.mark.parametrize("option", [["--data_consistency"], ["--data-consistency=True"]], ids=" ".join)
+def test_data_consistency_is_switched_on(tmp_path, files, command, option):
+    output = tmp_path / "sr.nii.gz"
+    status, _, err = command("super-resolve", files["lr"], files["t1"], output, "--network", "bicubic", *option)
+    assert status == 0, err
+    expected = super_resolve_in_python(files["lr"], files["t1"], network="bicubic", data_consistency=True)
+    np.testing.assert_array_equal(data(output), expected[0].numpy())
+    without = super_resolve_in_python(files["lr"], files["t1"], network="bicubic")
+    assert not np.allclose(data(output), without[0].numpy(), rtol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +193,11 @@ def test_alone_it_shows_what_there_is(command):
         (["{lr}", "{t1}", "{out}", "--scale", "4"], ["scale 4 does not fit", "{lr}", "{t1}", "auto"]),
         (["{lr}", "{t1}", "{out}", "--scale", "two"], ["scale must be auto, a number", "'two'"]),
         (["{lr}", "{t1}", "{out}", "--slice_axis", "up"], ["slice_axis must be", "'up'"]),
+        (
+            ["{t2}", "{t1}", "{out}", "--scale", "1", "--data_consistency"],
+            ["data consistency: {t2} has the matrix (24, 28, 6)", "leave data_consistency off"],
+        ),
+        (["{lr}", "{t1}", "{out}", "--data_consistency", "some"], ["data_consistency must be True or False", "'some'"]),
         (["{lr}", "{t1}", "{out}", "--network", "gan"], ["network 'gan' is unknown", "glmamba_light"]),
         (["{lr}", "{t1}", "{out}", "--network", "3"], ["network must be text", "got 3"]),
         (["{lr}", "{t1}", "{out}", "--network", "srcnn", "--weights", "{missing}"], ["{missing}", "Train first"]),

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from glmamba_monai.engines import ResultsWriter, SubjectMetrics, prepare_batch, super_resolved
 from glmamba_monai.engines.evaluation import format_table, summarise, write_results
 from glmamba_monai.metrics import CONVENTIONS, slice_metrics
-from glmamba_monai.transforms import ForegroundLeveld
+from glmamba_monai.transforms import ForegroundLeveld, KSpaceDataConsistency, KSpaceLowResolution
 
 TRAIN = Path(__file__).parent.parent / "bundle" / "configs" / "train.json"
 SHAPE = (24, 28, 6)
@@ -106,6 +107,39 @@ def test_the_value_is_the_mean_psnr_over_subjects(make_brain):
     assert metric.compute() == pytest.approx(np.mean(psnr))  # a subject counts once, however many slices it has
     metric.reset()
     assert metric.rows == []
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_what_was_measured_gives_each_method_a_second_row(make_brain, meta):
+    degrade = KSpaceLowResolution(2)
+    metric = SubjectMetrics("net")
+    for seed in range(2):
+        item, output, arrays = evaluation_item(make_brain, seed, slice(1, 4), meta)
+        item["low_resolution"] = degrade(item["target"])
+        assert isinstance(item["low_resolution"], MetaTensor) == meta
+        metric.update((item, output))
+    methods = ["zero_filling", "bicubic", "net"]
+    assert [row["method"] for row in metric.rows] == 2 * (methods + [f"{m} + dc" for m in methods])
+    for row in metric.rows[6:]:  # of the last subject
+        method = row["method"].removesuffix(" + dc")
+        volume = arrays["pred" if method == "net" else method]
+        if method != row["method"]:
+            volume = KSpaceDataConsistency()(volume, item["low_resolution"]).numpy()
+        for name, value in expected_row(volume, arrays["target"], arrays["whole"]).items():
+            assert row[name] == pytest.approx(value, abs=2e-3 if name.startswith("psnr") else 2e-5), name
+    plain = [row["psnr"] for row in metric.rows if row["method"] == "net"]
+    consistent = [row["psnr"] for row in metric.rows if row["method"] == "net + dc"]
+    assert metric.compute() == pytest.approx(np.mean(plain))  # the key metric is that of the network alone
+    assert min(np.abs(np.subtract(consistent, plain))) > 0.1
+
+    engine = Engine(lambda engine, _: None)
+    engine.state.metrics = {}
+    metric.completed(engine, "val_psnr")
+    found = engine.state.metrics
+    assert found["val_psnr"] == pytest.approx(np.mean(plain))
+    assert found["val_dc_psnr"] == pytest.approx(np.mean(consistent))
+    assert {"zero_filling_psnr", "zero_filling_dc_psnr", "bicubic_dc_ssim"} <= found.keys()
+    assert all(re.fullmatch(r"\w+", name) for name in found)
 
 
 @pytest.mark.parametrize("name", ["zero_filling", "bicubic"])

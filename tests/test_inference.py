@@ -209,6 +209,48 @@ def test_bicubic_is_another_interpolation(tmp_path, make_subject_folder, make_af
     assert not torch.allclose(bicubic, sinc, rtol=1e-3)
 
 
+@pytest.mark.parametrize("stored", [None, "RAS", "SLP"])
+@pytest.mark.parametrize(("axis", "scale"), [(2, 2), (0, 2), (1, 3), (2, 1.5), (2, [2, 3]), (2, [1, 2])], ids=str)
+def test_a_consistent_result_gives_the_low_resolution_again(
+    tmp_path, make_subject_folder, make_affine, axis, scale, stored
+):
+    files = make_pair(tmp_path, make_subject_folder, make_affine, axis, scale)
+    write_weights(tmp_path / "w.pt")
+    lr = files["lr"] if stored is None else reoriented(files["lr"], stored, tmp_path / "stored.nii.gz")
+    measured, errors = nib.load(files["lr"]).get_fdata(), []
+    for data_consistency in (True, False):
+        super_resolve(
+            lr,
+            files["t1"],
+            tmp_path / "sr.nii.gz",
+            network="srcnn_ref",
+            weights=tmp_path / "w.pt",
+            data_consistency=data_consistency,
+            device="cpu",
+        )
+        again = simulate(tmp_path / "sr.nii.gz", tmp_path / "again.nii.gz", scale, slice_axis=axis)
+        errors.append(np.abs(again[0].numpy() - measured).max() / measured.max())
+    assert errors[0] <= 1e-5 and errors[1] > 1e-2
+
+
+def test_data_consistency_wants_the_matrix_that_was_measured(tmp_path, make_subject_folder, make_affine):
+    files = make_pair(tmp_path, make_subject_folder, make_affine)
+    lr, reference = nib.load(files["lr"]), nib.load(files["t1"])
+    affine = lr.affine.copy()
+    affine[:3, 3] += 0.3 * reference.affine[:3, 0]  # of a voxel: as much as is allowed without
+    nib.save(nib.Nifti1Image(lr.get_fdata(dtype=np.float32), affine), tmp_path / "off.nii.gz")
+    for image, options, words in (
+        (files["t2"], {"scale": 1}, f"{files['t2']} has the matrix (26, 30, 6)"),
+        (tmp_path / "off.nii.gz", {}, f"off.nii.gz does not cover the field of view of {files['t1']}"),
+    ):
+        output = tmp_path / "sr.nii.gz"
+        super_resolve(image, files["t1"], network="zero_filling", **options)
+        with pytest.raises(RuntimeError) as error:
+            super_resolve(image, files["t1"], output, network="zero_filling", data_consistency=True, **options)
+        assert words in str(root_cause(error.value)) and "leave data_consistency off" in str(root_cause(error.value))
+        assert not output.exists()
+
+
 def test_weights_of_the_bundle_are_taken(tmp_path, make_subject_folder, make_affine):
     """A copy of the bundle elsewhere, with its own models/model.pt."""
     files = make_pair(tmp_path, make_subject_folder, make_affine)

@@ -16,10 +16,13 @@ from skimage.metrics import peak_signal_noise_ratio
 from skimage.registration import phase_cross_correlation
 
 from glmamba_monai.transforms.kspace import (
+    KSpaceDataConsistency,
+    KSpaceDataConsistencyd,
     KSpaceLowResolution,
     KSpaceLowResolutiond,
     KSpaceUpsample,
     KSpaceUpsampled,
+    RequireKSpaceCropd,
 )
 
 # matrix, scale: 2x, 3x and 4x, odd, rectangular, fractional, one factor per axis
@@ -412,3 +415,142 @@ def test_an_item_may_name_its_own_scale():
         expected = KSpaceLowResolution(scale, noise_std=0.1, seed=5)(image)
         assert torch.equal(degrade({"hr": image, "scale": scale})["lr"], expected)
     assert torch.equal(degrade({"hr": image})["lr"], KSpaceLowResolution(2, noise_std=0.1, seed=5)(image))
+
+
+# --- data consistency
+
+
+def super_resolved(full, low, seed=9):
+    """A band-limited HR image, its LR, and a wrong SR with content on every frequency; LR and SR nonnegative."""
+    hr, lr = band_limited(full, low, seed)
+    wrong = hr + 0.2 * np.random.default_rng(seed + 1).normal(size=hr.shape)
+    return hr, lr, np.abs(wrong)
+
+
+def beyond(low, full):
+    """Frequencies of the HR spectrum (FFT order) of which the LR holds neither itself nor its twin."""
+    outside = np.zeros(full, dtype=bool)
+    for axis, (n, size) in enumerate(zip(low, full)):
+        far = np.abs(np.fft.fftfreq(size, 1 / size)) > (n / 2 if n < size else size)
+        outside |= far.reshape([-1 if a == axis else 1 for a in range(len(full))])
+    return outside
+
+
+@pytest.mark.parametrize("magnitude", [True, False])
+@pytest.mark.parametrize("full, scale", [*PLANES, ((20, 15, 12), (2, 1, 3))])
+def test_what_is_consistent_gives_the_low_resolution_again(full, scale, magnitude):
+    low = low_matrix(full, scale)
+    _, lr, wrong = super_resolved(full, low)
+    degrade = KSpaceLowResolution(scale)
+    out = KSpaceDataConsistency(magnitude)(wrong, lr)
+    assert out.dtype == torch.float64 and out.shape == wrong.shape
+    np.testing.assert_allclose(degrade(out).numpy(), lr, atol=1e-13)
+    assert np.abs(degrade(wrong).numpy() - lr).max() > 0.05  # it was not
+    single = KSpaceDataConsistency(magnitude)(torch.from_numpy(wrong).float(), torch.from_numpy(lr).float())
+    assert single.dtype == torch.float32
+    assert np.abs(degrade(single).numpy() - lr).max() <= 1e-5 * lr.max()
+    # What was not measured stays.
+    spectra = [np.fft.fftn(np.asarray(x)[0])[beyond(low, full)] for x in (wrong, out)]
+    assert len(spectra[0]) and np.abs(spectra[0]).max() > 1
+    np.testing.assert_allclose(*spectra, atol=1e-10)
+
+
+@pytest.mark.parametrize("full, scale", PLANES)
+def test_data_consistency_measures_magnitudes_of_any_image(full, scale):
+    """Also where the LR is the magnitude of ringing, and where pixels of it are zero."""
+    rng = np.random.default_rng(11)
+    hr = rng.random(full)[None] * (np.arange(full[-1]) > full[-1] // 2)
+    degrade = KSpaceLowResolution(scale)
+    lr = degrade(hr).numpy()
+    np.testing.assert_allclose(KSpaceDataConsistency()(hr, lr).numpy(), hr, atol=1e-7)  # it is consistent already
+    lr[:, 1, 1:3] = 0
+    out = KSpaceDataConsistency()(rng.normal(size=hr.shape), lr)
+    np.testing.assert_allclose(degrade(out).numpy(), lr, atol=1e-12)
+    again = KSpaceDataConsistency()(out, lr)
+    np.testing.assert_allclose(again.numpy(), out.numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("full, scale", PLANES)
+def test_data_consistency_is_the_nearest_real_image(full, scale):
+    """Without magnitude: the projection, by least squares over all pixels, onto the images that have this LR."""
+    small = [min(size, 12) - size % 2 for size in full]
+    low = low_matrix(small, scale)
+    rng = np.random.default_rng(12)
+    img, lr = rng.normal(size=small), rng.normal(size=low)
+    crops = []
+    for size, n in zip(small, low):
+        kept = np.arange(-(n // 2), -(n // 2) + n)
+        matrix = waves(centres(size, n), kept, size) @ waves(np.arange(size), kept, size).conj().T / size
+        crops.append(np.eye(size) if n == size else matrix)
+    operator = np.kron(*crops)
+    found = operator @ img.ravel() - lr.ravel()
+    stacked, residual = (np.concatenate([a.real, a.imag]) for a in (operator, found))
+    expected = img - (np.linalg.pinv(stacked) @ residual).reshape(small)
+    out = KSpaceDataConsistency(magnitude=False)(img[None], lr[None])
+    np.testing.assert_allclose(out[0].numpy(), expected, atol=1e-10)
+
+
+def test_a_true_image_comes_back_from_its_low_resolution():
+    """Wrong only in what was measured: data consistency takes all of the error away."""
+    hr, lr, _ = super_resolved((48, 40), (24, 20))
+    wrong = KSpaceUpsample()(0.8 * lr + 0.1, (48, 40)).numpy()
+    np.testing.assert_allclose(KSpaceDataConsistency()(wrong, lr).numpy(), hr, atol=1e-12)
+
+
+def test_data_consistency_of_volumes():
+    """float32 with slices last: as slice by slice, with the meta and the device of the image, the inputs untouched."""
+    full, scale = (33, 40, 5), 2
+    rng = np.random.default_rng(13)
+    affine = torch.from_numpy(oblique((0.9, 1.1, 3.0), -1))
+    hr = MetaTensor(rng.random((2, *full)).astype(np.float32), affine=affine)
+    lr = KSpaceLowResolution(scale)(hr)
+    sr = MetaTensor(rng.random((2, *full)).astype(np.float32), affine=affine, meta={"filename_or_obj": "sr.nii"})
+    before = sr.clone(), lr.clone()
+    out = KSpaceDataConsistency()(sr, lr)
+    assert isinstance(out, MetaTensor) and out.dtype == torch.float32 and out.meta["filename_or_obj"] == "sr.nii"
+    torch.testing.assert_close(out.affine, affine)
+    assert float((KSpaceLowResolution(scale)(out) - lr).abs().max()) <= 1e-5 * float(lr.max())
+    slices = [KSpaceDataConsistency()(sr[..., i], lr[..., i]) for i in range(5)]
+    torch.testing.assert_close(out.as_tensor(), torch.stack([s.as_tensor() for s in slices], -1))
+    assert torch.equal(sr, before[0]) and torch.equal(lr, before[1])
+
+    data = KSpaceDataConsistencyd("pred", low_resolution_key="lr")({"pred": sr, "lr": lr.numpy()})
+    assert torch.equal(data["pred"], out)
+    signed = KSpaceDataConsistencyd(["pred", "none"], "lr", magnitude=False, allow_missing_keys=True)(data)
+    assert torch.equal(signed["pred"], KSpaceDataConsistency(magnitude=False)(out, lr))
+    with pytest.raises(KeyError, match="low_resolution_key 'lr'"):
+        KSpaceDataConsistencyd("pred", "lr")({"pred": sr})
+
+
+@pytest.mark.parametrize(
+    "low, words",
+    [
+        ((1, 8, 8, 4), "smaller than img"),
+        ((1, 9, 4, 4), "larger along none"),
+        ((2, 4, 4, 4), "channels and axes"),
+        ((1, 4, 4), "channels and axes"),
+    ],
+)
+def test_data_consistency_refuses_what_does_not_fit(low, words):
+    with pytest.raises(ValueError, match=f"low_resolution must .*{words}"):
+        KSpaceDataConsistency()(torch.rand(1, 8, 8, 4), torch.rand(low))
+    with pytest.raises(TypeError, match="real"):
+        KSpaceDataConsistency()(torch.rand(1, 8, 8) + 0j, torch.rand(1, 4, 4))
+
+
+@pytest.mark.parametrize("scale", [2, 2.5, (1, 4)])
+def test_grids_that_are_no_crop_are_refused(scale):
+    affine = torch.from_numpy(oblique((0.9, 1.1, 3.0), -1))
+    hr = MetaTensor(torch.rand(1, 33, 40, 5), affine=affine, meta={"filename_or_obj": "t1.nii"})
+    lr = KSpaceLowResolution(scale)(hr)
+    require = RequireKSpaceCropd("lr", like_key="t1")
+    data = require({"lr": lr, "t1": hr})
+    assert data["lr"] is lr and data["t1"] is hr
+    with pytest.raises(ValueError, match=r"data consistency: t1\.nii has the matrix \(33, 40, 5\).*leave"):
+        require({"lr": hr, "t1": hr})
+    moved = lr.clone()
+    moved.affine = hr.affine @ torch.diag(
+        torch.tensor([*(a / b for a, b in zip(hr.shape[1:], lr.shape[1:])), 1]).double()
+    )
+    with pytest.raises(ValueError, match=r"data consistency: t1\.nii does not cover the field of view of t1\.nii"):
+        require({"lr": moved, "t1": hr})  # the corner of voxel 0 kept: half a voxel off

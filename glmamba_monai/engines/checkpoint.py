@@ -186,6 +186,9 @@ class TrainingState:
     (:class:`~glmamba_monai.data.SliceSampler`).
     So on a CPU a training that was killed and resumed ends with the same bits as one that was not.
 
+    Its ``history`` is the learning curve: ``epoch``, ``iteration``, ``seconds`` and the evaluator's metrics, for every
+    validation. The seconds are those of all steps so far, in whichever process, without validation and saving.
+
     Attach it as the last handler of the trainer, so that an epoch's validation lies behind it.
 
     Args:
@@ -225,6 +228,8 @@ class TrainingState:
         self.resume = resume
         self.write = write
         self.best_epoch = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
 
     def attach(self, engine: Workflow) -> None:
         engine.add_event_handler(Events.STARTED, self.started)
@@ -248,6 +253,10 @@ class TrainingState:
             self.evaluator.run(engine.state.epoch)  # whatever the interval, the last epoch is validated
         improved = state.best_metric_epoch > self.best_epoch
         self.best_epoch = max(self.best_epoch, state.best_metric_epoch)
+        self.seconds += engine.state.times[Events.EPOCH_COMPLETED.name]
+        if state.epoch == engine.state.epoch:
+            progress = {"epoch": engine.state.epoch, "iteration": engine.state.iteration, "seconds": self.seconds}
+            self.history.append({**progress, **state.metrics})
         if not self.write:
             return
         if improved:
@@ -265,6 +274,8 @@ class TrainingState:
                 "iteration": engine.state.iteration,
                 "best_metric": state.best_metric,
                 "best_metric_epoch": state.best_metric_epoch,
+                "seconds": self.seconds,
+                "history": self.history,
                 "random_state": random_state(),
             },
         )
@@ -304,5 +315,7 @@ class TrainingState:
         engine.state.epoch, engine.state.iteration = checkpoint["epoch"], checkpoint["iteration"]
         self.evaluator.state.best_metric = checkpoint["best_metric"]
         self.evaluator.state.best_metric_epoch = self.best_epoch = checkpoint["best_metric_epoch"]
+        # Checkpoints of earlier versions have neither.
+        self.seconds, self.history = checkpoint.get("seconds", 0.0), checkpoint.get("history", [])
         set_random_state(checkpoint["random_state"])
         logger.info("resumed from %s, epoch %d", path, checkpoint["epoch"])

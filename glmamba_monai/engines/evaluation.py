@@ -17,9 +17,11 @@ from ignite.metrics import Metric
 
 from glmamba_monai.files import write_atomically, write_json
 from glmamba_monai.metrics import CONVENTIONS, slice_metrics
+from glmamba_monai.transforms import KSpaceDataConsistency
 
 Row = dict[str, Any]
 BASELINES = ("zero_filling", "bicubic")
+DATA_CONSISTENT = " + dc"  # appended to the name of a method
 METRICS_FILE, SUMMARY_FILE = "metrics.csv", "summary.json"
 
 
@@ -49,6 +51,8 @@ class SubjectMetrics(Metric):
     An item of the evaluator's batch needs ``subject``, ``target (1, X, Y, S)``, ``data_range`` and
     ``foreground_level`` of the whole target, and one volume ``(1, X, Y, S)`` for each of :data:`BASELINES`; its output
     needs ``pred`` of the target's shape. A slice in which a metric does not exist does not count in its mean.
+    Where the item has ``low_resolution (1, x, y, S)``, what was measured, each method has a second row: its result
+    after :class:`~glmamba_monai.transforms.KSpaceDataConsistency`.
 
     Args:
         network: what to call the network's rows.
@@ -71,8 +75,14 @@ class SubjectMetrics(Metric):
         # Where the network has computed: on a CPU, SSIM alone would take longer than the network on a GPU.
         target = _slices(item["target"]).to(result["pred"].device)
         mask = target > float(item["foreground_level"])
-        for method in dict.fromkeys((*BASELINES, self.network)):
-            volume = result["pred"] if method == self.network else item[method]
+        volumes = {method: item[method] for method in BASELINES} | {self.network: result["pred"]}
+        if "low_resolution" in item:
+            consistent, measured = KSpaceDataConsistency(), item["low_resolution"].to(target.device)
+            volumes |= {
+                method + DATA_CONSISTENT: consistent(volume.to(target.device), measured)
+                for method, volume in volumes.items()
+            }
+        for method, volume in volumes.items():
             metrics = slice_metrics(_slices(volume).to(target.device), target, float(item["data_range"]), mask)
             self.rows.append(
                 {
@@ -95,7 +105,9 @@ class SubjectMetrics(Metric):
     def completed(self, engine: Engine, name: str) -> None:
         super().completed(engine, name)
         for method, summary in summarise(self.rows).items():
-            prefix = "val" if method == self.network else method
+            plain = method.removesuffix(DATA_CONSISTENT)
+            # MLflow takes no plus sign.
+            prefix = ("val" if plain == self.network else plain) + ("_dc" if plain != method else "")
             engine.state.metrics.update({f"{prefix}_{metric}": summary[metric]["mean"] for metric in ("psnr", "ssim")})
 
 

@@ -1,10 +1,13 @@
 from glmamba_monai.transforms.augmentation import FACTORS, RandLowResolutiond, RandPixelSized, inverted_contrast
 from glmamba_monai.transforms.intensity import RestoreIntensityd, ScaleByPercentile, ScaleByPercentiled
 from glmamba_monai.transforms.kspace import (
+    KSpaceDataConsistency,
+    KSpaceDataConsistencyd,
     KSpaceLowResolution,
     KSpaceLowResolutiond,
     KSpaceUpsample,
     KSpaceUpsampled,
+    RequireKSpaceCropd,
 )
 from glmamba_monai.transforms.volume import (
     DataRanged,
@@ -23,6 +26,8 @@ __all__ = [
     "DataRanged",
     "ForegroundLeveld",
     "ForegroundSlicesd",
+    "KSpaceDataConsistency",
+    "KSpaceDataConsistencyd",
     "KSpaceLowResolution",
     "KSpaceLowResolutiond",
     "KSpaceUpsample",
@@ -34,6 +39,7 @@ __all__ = [
     "PairOnGridd",
     "RandLowResolutiond",
     "RandPixelSized",
+    "RequireKSpaceCropd",
     "RestoreIntensityd",
     "ScaleByPercentile",
     "ScaleByPercentiled",

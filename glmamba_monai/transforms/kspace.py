@@ -1,9 +1,9 @@
-"""Low-resolution MRI by cropping k-space, and the way back onto the high-resolution grid.
+"""Low-resolution MRI by cropping k-space, the way back onto the high-resolution grid, and data consistency.
 
 Symbols: N matrix size on the high-resolution (HR) grid, n on the low-resolution (LR) grid, r = N / n the
 effective factor, f an integer spatial frequency in cycles per field of view.
 
-Both transforms keep the field of view, so the centre of LR pixel i lies at the HR position r i + (r - 1) / 2.
+All transforms keep the field of view, so the centre of LR pixel i lies at the HR position r i + (r - 1) / 2.
 A spectrum that is only cropped samples the image at r i: the LR image is shifted by (r - 1) / 2 HR pixels
 against every tool that works with affines. The phase ramp exp(2 pi i f (r - 1) / (2 N)) moves the samples to
 the pixel centres (docs/method.md).
@@ -25,9 +25,17 @@ from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from glmamba_monai.transforms.grid import low_resolution_size
+from glmamba_monai.transforms.grid import low_resolution_size, require_same_grid
 
-__all__ = ["KSpaceLowResolution", "KSpaceLowResolutiond", "KSpaceUpsample", "KSpaceUpsampled"]
+__all__ = [
+    "KSpaceDataConsistency",
+    "KSpaceDataConsistencyd",
+    "KSpaceLowResolution",
+    "KSpaceLowResolutiond",
+    "KSpaceUpsample",
+    "KSpaceUpsampled",
+    "RequireKSpaceCropd",
+]
 
 
 def _as_real_tensor(img: NdarrayOrTensor) -> Tensor:
@@ -47,13 +55,18 @@ def _with_meta(result: Tensor, img: NdarrayOrTensor, factors: Sequence[float]) -
     """``result`` with the meta of ``img``, if any, on pixels ``factors`` as large; same field of view."""
     if not isinstance(img, MetaTensor):
         return result
-    grid = torch.eye(img.affine.shape[-1], dtype=img.affine.dtype)
+    out = MetaTensor(result).copy_meta_from(img)
+    out.affine = _rescaled(img.affine, factors)
+    return out
+
+
+def _rescaled(affine: Tensor, factors: Sequence[float]) -> Tensor:
+    """The affine of pixels ``factors`` as large over the same field of view."""
+    grid = torch.eye(affine.shape[-1], dtype=affine.dtype)
     for axis, factor in enumerate(factors):
         grid[axis, axis] = factor
         grid[axis, -1] = (factor - 1) / 2
-    out = MetaTensor(result).copy_meta_from(img)
-    out.affine = img.affine @ grid
-    return out
+    return affine @ grid
 
 
 def _phase_ramp(frequencies: Tensor, full: int, factor: float, like: Tensor, axis: int) -> Tensor:
@@ -61,6 +74,41 @@ def _phase_ramp(frequencies: Tensor, full: int, factor: float, like: Tensor, axi
     angle = math.pi * (factor - 1) / full * frequencies.double()
     ramp = torch.polar(torch.ones_like(angle), angle).to(like.dtype)
     return ramp.reshape([-1 if a == axis else 1 for a in range(like.ndim)])
+
+
+def _kept_frequencies(n: int, device: torch.device) -> Tensor:
+    """The central ``n`` frequencies in FFT order.
+
+    For even n they are -n/2 .. n/2 - 1, as in a scanner's matrix: -n/2 has no twin, so that an image made of them has a
+    small imaginary part.
+    """
+    return torch.fft.ifftshift(torch.arange(n, device=device) - n // 2)
+
+
+def _changed_axes(low: Sequence[int], full: Sequence[int]) -> list[int]:
+    """The axes along which two shapes differ."""
+    return [axis for axis, (n, size) in enumerate(zip(low, full)) if n != size]
+
+
+def _cropped_spectrum(x: Tensor, low: Sequence[int], ramp: bool = True) -> Tensor:
+    """Spectrum of ``x`` on as many frequencies as ``low`` has; ``ramp`` moves the samples onto LR pixel centres."""
+    k = x
+    for axis in _changed_axes(low, x.shape):  # cropped axis by axis: the next transform has less to do
+        size, n = x.shape[axis], low[axis]
+        frequencies = _kept_frequencies(n, x.device)
+        k = torch.fft.fft(k, dim=axis).index_select(axis, frequencies % size)
+        if ramp:
+            k = k * _phase_ramp(frequencies, size, size / n, k, axis)
+    return k
+
+
+def _placed_spectrum(k: Tensor, full: Sequence[int]) -> Tensor:
+    """The kept frequencies ``k`` in an otherwise empty spectrum of the shape ``full``."""
+    for axis in _changed_axes(k.shape, full):
+        kept = _kept_frequencies(k.shape[axis], k.device)
+        shape = (*k.shape[:axis], full[axis], *k.shape[axis + 1 :])
+        k = k.new_zeros(shape).index_copy(axis, kept % full[axis], k)
+    return k
 
 
 class KSpaceLowResolution(Transform):
@@ -125,16 +173,8 @@ class KSpaceLowResolution(Transform):
         x = _as_real_tensor(img)
         full = x.shape
         low = (x.shape[0], *self._matrix(tuple(full[1:])))
-        axes = [axis for axis in range(1, x.ndim) if low[axis] != full[axis]]
-        # In FFT order. For even n they are -n/2 .. n/2 - 1, as in a scanner's matrix: -n/2 has no twin, so
-        # the image has a small imaginary part, which the magnitude absorbs.
-        kept = {a: torch.fft.ifftshift(torch.arange(low[a], device=x.device) - low[a] // 2) for a in axes}
-
-        k = x
-        for axis in axes:  # cropped axis by axis: the next transform has less to do
-            k = torch.fft.fft(k, dim=axis).index_select(axis, kept[axis] % full[axis])
-            if self.mode == "crop":
-                k = k * _phase_ramp(kept[axis], full[axis], full[axis] / low[axis], k, axis)
+        axes = _changed_axes(low, full)
+        k = _cropped_spectrum(x, low, ramp=self.mode == "crop")
         pixels = math.prod(full[axis] for axis in axes)
         if self.noise_std > 0:
             # in both modes an image pixel is the sum of prod(n) samples divided by prod(N)
@@ -143,9 +183,7 @@ class KSpaceLowResolution(Transform):
         factors = [size / n for size, n in zip(full[1:], low[1:])]
         if self.mode == "zero_fill":
             factors = [1.0] * len(factors)
-            for axis in axes:
-                shape = (*k.shape[:axis], full[axis], *k.shape[axis + 1 :])
-                k = k.new_zeros(shape).index_copy(axis, kept[axis] % full[axis], k)
+            k = _placed_spectrum(k, full)
         if axes:
             k = torch.fft.ifftn(k, dim=axes, norm="forward") / pixels
         return _with_meta(k.abs(), img, factors)
@@ -245,6 +283,85 @@ def _bicubic(x: Tensor, full: tuple[int, ...]) -> Tensor:
     return up.movedim(0, -1) if x.ndim == 4 else up[0]
 
 
+class KSpaceDataConsistency(Transform):
+    """
+    Data consistency: the measured low frequencies in place of those of a super-resolved image (docs/data.md).
+
+    Afterwards :py:class:`KSpaceLowResolution` gives the low-resolution image again; frequencies that it does not keep
+    stay as they are, and so does an image that gave the low-resolution image before.
+
+    What is measured is a magnitude: of the low-resolution pixels that the image gives, complex for an even matrix
+    (see :py:func:`_kept_frequencies`), each keeps its sign and its imaginary part and takes the rest from the measured
+    pixel. Where an imaginary part alone is larger than the measured pixel, those of the slice are lowered until it is
+    not. The result is real and may undershoot zero; its magnitude would no longer give the low-resolution image.
+
+    Args:
+        magnitude: False takes the low-resolution image with its signs, as a real image whose spectrum is put back
+            whole. Of a magnitude image this makes ringing below zero positive, which costs more than it mends.
+
+    Raises:
+        ValueError: when called, images that do not have the same channels and axes, a low-resolution image that is
+            larger along an axis, or not smaller along any, or an image without 2 or 3 spatial axes.
+        TypeError: when called with a complex image.
+
+    Example::
+
+        consistent = KSpaceDataConsistency()(sr, low)  # (1, 240, 240, 155), (1, 120, 120, 155) -> (1, 240, 240, 155)
+    """
+
+    backend = (TransformBackends.TORCH,)
+
+    def __init__(self, magnitude: bool = True) -> None:
+        self.magnitude = magnitude
+
+    def __call__(self, img: NdarrayOrTensor, low_resolution: NdarrayOrTensor) -> Tensor:
+        """
+        Args:
+            img: super-resolved image, ``(C, X, Y)`` or ``(C, X, Y, S)`` with the slices last; array, tensor or
+                ``MetaTensor``.
+            low_resolution: what was measured, on the LR matrix over the same field of view; the same axes.
+
+        Returns:
+            Image of the shape of ``img``, on its device; float64 if ``img`` is, else float32; a ``MetaTensor`` with
+            the meta of ``img`` if it is one.
+        """
+        x = _as_real_tensor(img).contiguous()
+        measured = _as_real_tensor(low_resolution).to(x).contiguous()
+        low, full = tuple(measured.shape), tuple(x.shape)
+        if len(low) != len(full) or low[0] != full[0]:
+            raise ValueError(f"low_resolution must have the channels and axes of img {full}, got {low}.")
+        if low == full or any(n > size for n, size in zip(low, full)):
+            raise ValueError(
+                f"low_resolution must be smaller than img {full} along an axis and larger along none, got {low}."
+            )
+        axes = _changed_axes(low, full)
+        enlarged = math.prod(full[axis] / low[axis] for axis in axes)
+        found = torch.fft.ifftn(_cropped_spectrum(x, low), dim=axes) / enlarged
+        if self.magnitude:
+            imaginary = found.imag * _share_below(found.imag.abs(), measured.abs(), axes)
+            real = ((measured.abs() - imaginary) * (measured.abs() + imaginary)).clamp_min(0).sqrt()
+            wanted = torch.complex(torch.where(found.real < 0, -real, real), imaginary)
+        else:
+            wanted = torch.complex(measured, torch.zeros_like(measured))
+        change = torch.fft.fftn(wanted - found, dim=axes) * enlarged
+        unpaired = torch.zeros(change.shape, dtype=torch.bool, device=x.device)
+        for axis in axes:
+            n, size = low[axis], full[axis]
+            ramp = _phase_ramp(_kept_frequencies(n, x.device), size, size / n, change, axis)
+            change = change * ramp.conj()
+            if n % 2 == 0:
+                unpaired.select(axis, n // 2).fill_(True)
+        # A real image has the conjugate at +n/2, too, which taking the real part leaves half to either.
+        change = torch.where(unpaired, 2 * change, change)
+        x = x + torch.fft.ifftn(_placed_spectrum(change, full), dim=axes).real
+        return _with_meta(x, img, [1.0] * (x.ndim - 1))
+
+
+def _share_below(values: Tensor, limit: Tensor, axes: Sequence[int]) -> Tensor:
+    """The largest factor up to 1 by which ``values`` stay below ``limit`` everywhere along ``axes``, for each slice."""
+    return torch.where(values > limit, limit / values, torch.ones_like(values)).amin(dim=axes, keepdim=True)
+
+
 def _output_keys(keys: Sequence[Hashable], output_keys: KeysCollection | None) -> tuple[Hashable, ...]:
     names = tuple(keys) if output_keys is None else ensure_tuple(output_keys)
     if len(names) != len(keys):
@@ -341,4 +458,81 @@ class KSpaceUpsampled(MapTransform):
             if isinstance(upsampled, MetaTensor) and isinstance(like, MetaTensor):
                 upsampled.affine = like.affine
             d[output_key] = upsampled
+        return d
+
+
+class KSpaceDataConsistencyd(MapTransform):
+    """
+    Dictionary-based wrapper of :py:class:`KSpaceDataConsistency`.
+
+    Args:
+        keys: keys of the super-resolved images, changed in place.
+        low_resolution_key: key of the measured image, in the same intensity units.
+        magnitude: see :py:class:`KSpaceDataConsistency`.
+        allow_missing_keys: do not raise if one of ``keys`` is missing; ``low_resolution_key`` is always needed.
+
+    Raises:
+        ValueError: whatever :py:class:`KSpaceDataConsistency` refuses.
+        KeyError: when called without ``low_resolution_key``.
+    """
+
+    backend = KSpaceDataConsistency.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        low_resolution_key: Hashable,
+        magnitude: bool = True,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.low_resolution_key = low_resolution_key
+        self.make_consistent = KSpaceDataConsistency(magnitude)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        if self.low_resolution_key not in d:
+            raise KeyError(f"low_resolution_key {self.low_resolution_key!r} is missing, found {list(d)}.")
+        for key in self.key_iterator(d):
+            d[key] = self.make_consistent(d[key], d[self.low_resolution_key])
+        return d
+
+
+class RequireKSpaceCropd(MapTransform):
+    """
+    Make sure that images have the grid that cropping the k-space of another one gives; nothing is changed.
+
+    Args:
+        keys: keys of the low-resolution images, ``MetaTensor``.
+        like_key: key of the ``MetaTensor`` on the high-resolution grid, with the axes in the same order.
+
+    Raises:
+        ValueError: when called, an image that is not coarser along any axis, so that what was measured of it is not
+            known, or one that covers another field of view.
+    """
+
+    def __init__(self, keys: KeysCollection, like_key: Hashable) -> None:
+        super().__init__(keys)
+        self.like_key = like_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        like = d[self.like_key]
+        like_name = str(like.meta.get("filename_or_obj", self.like_key))
+        for key in self.key_iterator(d):
+            image, full = d[key], tuple(like.shape[1:])
+            low, name = tuple(image.shape[1:]), str(image.meta.get("filename_or_obj", key))
+            if low == full or any(n > size for n, size in zip(low, full)):
+                raise ValueError(
+                    f"data consistency: {name} has the matrix {low} and {like_name} has {full}; expected the smaller "
+                    "matrix that was measured (an interpolated volume does not tell): leave data_consistency off"
+                )
+            expected = _rescaled(like.affine, [size / n for n, size in zip(low, full)])
+            try:
+                require_same_grid((low, image.affine.cpu().numpy(), name), (low, expected.cpu().numpy(), like_name))
+            except ValueError as error:
+                raise ValueError(
+                    f"data consistency: {name} does not cover the field of view of {like_name}, so its frequencies are "
+                    "not those of the result: leave data_consistency off"
+                ) from error
         return d

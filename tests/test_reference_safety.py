@@ -1,0 +1,142 @@
+"""The table of wrong references: its perturbations by hand, its figures against those of an evaluation."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
+from scipy.ndimage import gaussian_filter
+
+from glmamba_monai.networks import build_network
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = [str(ROOT / "bundle" / "configs" / f"{name}.json") for name in ("train", "evaluate")]
+ROWS = [
+    "zero-filling",
+    "right",
+    "of sub01",
+    "none (zeros)",
+    *(f"shifted by {n}" for n in ("1 pixel", "2 pixels", "4 pixels")),
+    *(f"rotated by {n}" for n in ("1 degree", "2 degrees", "5 degrees")),
+]
+
+
+@pytest.fixture
+def safety(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("reference_safety")
+
+
+def test_a_shift_moves_every_pixel(safety):
+    reference = torch.arange(1.0, 2 * 9 * 4 + 1).reshape(1, 9, 4, 2)
+    for pixels in (1, 2, 4):
+        moved = safety.shifted(reference, pixels)
+        assert moved.shape == reference.shape
+        assert torch.equal(moved[:, pixels:], reference[:, :-pixels]) and not moved[:, :pixels].any()
+
+
+def test_a_rotation_turns_every_slice(safety):
+    rng = np.random.default_rng(0)
+    image = gaussian_filter(rng.random((1, 25, 25, 3)), (0, 2, 2, 0)).astype(np.float32)
+    image[:, :4], image[:, -4:], image[:, :, :4], image[:, :, -4:] = 0, 0, 0, 0
+    reference = torch.from_numpy(image)
+    quarter = safety.rotated(reference, 90)
+    assert quarter.dtype == torch.float32
+    torch.testing.assert_close(quarter, torch.rot90(reference, 1, (1, 2)), atol=1e-5, rtol=0)
+    # A point on the x axis goes the angle that is named, towards y.
+    blob = torch.zeros(1, 101, 101, 1)
+    blob[0, 88:93, 48:53] = 1
+    for degrees in (1, 2, 5):
+        turned = safety.rotated(blob, degrees)[0, ..., 0].numpy()
+        x, y = ((turned * (np.indices(turned.shape)[i] - 50)).sum() / turned.sum() for i in (0, 1))
+        assert np.degrees(np.arctan2(y, x)) == pytest.approx(degrees, abs=0.05)
+        assert np.hypot(x, y) == pytest.approx(40, abs=0.05)
+
+
+def test_another_reference_comes_onto_the_grid(safety, tmp_path, make_volume, make_affine):
+    """Stored otherwise and of another size: brought into the axis order, padded and cropped about the centre."""
+    image = np.random.default_rng(1).random((11, 20, 5)).astype(np.float32)
+    image[4, 9, 2] = 900
+    file = make_volume(tmp_path / "t1.nii.gz", image, make_affine(codes="RAS", degrees=(0, 0, 0)))
+    # The axes of `reference` run to the left, upwards and to the back.
+    affine = torch.from_numpy(make_affine(codes="LSP", degrees=(0, 0, 0)))
+    reference = MetaTensor(torch.zeros(1, 15, 7, 16), affine=affine)
+    found = safety.of_another(str(file), reference)
+    expected = np.pad(image[::-1, ::-1].transpose(0, 2, 1), ((2, 2), (1, 1), (0, 0)))[..., 2:-2]
+    np.testing.assert_allclose(found[0].numpy(), expected / np.percentile(image, 99.9), rtol=1e-5)
+
+
+def test_the_other_subject_is_another_patient(safety):
+    items = [{"subject": name} for name in ("patient01_study1", "patient01_study2", "patient12_study1")]
+    for other, expected in ((None, "patient12_study1"), ("patient01_study2", "patient01_study2")):
+        found = safety.find_pair(items, "patient01_study1", other)
+        assert [item["subject"] for item in found] == ["patient01_study1", expected]
+    with pytest.raises(ValueError, match="subject: there is no subject x, found patient01_study1"):
+        safety.find_pair(items, "x", None)
+    with pytest.raises(ValueError, match="other: there is no subject of another patient"):
+        safety.find_pair(items[:2], "patient01_study1", None)
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_the_right_reference_has_the_figures_of_an_evaluation(safety, tmp_path, make_subject_folder, capsys, scale):
+    data, results = str(tmp_path / "data"), tmp_path / "results"
+    make_subject_folder(tmp_path / "data", names=["sub00"])
+    make_subject_folder(tmp_path / "data", names=["sub01"], shape=(26, 22, 7), seed=4)
+    torch.manual_seed(0)
+    network = build_network("srcnn_ref")
+    torch.nn.init.normal_(network.reconstruction.weight, std=0.05)
+    weights = str(tmp_path / "model.pt")
+    torch.save(network.state_dict(), weights)
+    evaluation = ConfigWorkflow(
+        config_file=CONFIGS,
+        workflow_type="train",
+        logging_file=False,
+        dataset_dir=data,
+        output_dir=str(results),
+        network="srcnn_ref",
+        weights=weights,
+        evaluate_on="all",
+        val_slices=3,
+        scale=scale,
+    )
+    evaluation.initialize()
+    evaluation.run()
+    with (results / "metrics.csv").open(newline="") as file:
+        expected = {row["method"]: row for row in csv.DictReader(file) if row["subject"] == "sub00"}
+    capsys.readouterr()
+
+    safety.main(weights, data, "sub00", scale, "srcnn_ref", slices=3, batch_size=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines[2:]}
+    assert list(rows) == ROWS
+    for name, method in (("zero-filling", "zero_filling"), ("right", "srcnn_ref")):
+        assert float(rows[name][0]) == pytest.approx(float(expected[method]["psnr"]), abs=0.006)
+        assert float(rows[name][1]) == pytest.approx(float(expected[method]["ssim"]), abs=6e-5)
+    for psnr, ssim, over_psnr, over_ssim in rows.values():
+        assert float(over_psnr) == pytest.approx(float(psnr) - float(rows["zero-filling"][0]), abs=0.011)
+        assert float(over_ssim) == pytest.approx(float(ssim) - float(rows["zero-filling"][1]), abs=2e-4)
+    assert all(row != rows["right"] for name, row in rows.items() if name != "right")  # it sees the reference
+
+
+def test_what_the_network_gets(safety, tmp_path, make_subject_folder, monkeypatch):
+    """The upsampled slices stay; the references are those of the rows, on the slices of the evaluation."""
+    files = make_subject_folder(tmp_path / "data", names=["sub00", "sub01"])
+    seen = []
+    monkeypatch.setattr(safety, "super_resolve", lambda network, image, *_: seen.append(image) or image[:1])
+    safety.main(None, str(tmp_path / "data"), "sub00", 2, "zero_filling", slices=3)
+    assert len(seen) == len(ROWS) - 1 and all(torch.equal(image[0], seen[0][0]) for image in seen)
+    right, other, none, one = (image[1].numpy() for image in seen[:4])
+    for found, subject in ((right, "sub00"), (other, "sub01")):
+        volume = nib.load(files[subject]["t1"]).get_fdata(dtype=np.float32)
+        volume = volume / np.percentile(volume, 99.9)
+        kept = [i for i in range(6) if any(np.allclose(found[..., k], volume[..., i], rtol=1e-5) for k in range(3))]
+        assert len(kept) == 3
+    assert not none.any()
+    np.testing.assert_array_equal(one[1:], right[:-1])
