@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,18 +23,20 @@ def super_resolve(
     slice_axis: Any = "auto",
     bundle_root: str | None = None,
     data_consistency: bool = False,
+    register: bool = False,
 ) -> None:
-    """Super-resolve a low-resolution NIfTI volume with a sharp one of another contrast.
+    """Super-resolve a low-resolution volume with a sharp one of another contrast.
 
     Args:
-        image: low-resolution NIfTI volume.
-        reference: NIfTI volume of another contrast, same field of view and slices, finer in plane.
-        output: NIfTI file to write, on the reference's grid.
+        image: low-resolution volume: NIfTI, NRRD, MHA or MHD file, or the folder of one DICOM series.
+        reference: volume of another contrast, in any of these formats, same field of view and slices, finer in plane.
+        output: file to write, .nii.gz, .nii, .nrrd or .mha, or for a DICOM series a new folder; on reference's grid.
         scale: auto takes the factor from the files; a number, or [a,b] in plane, is checked against them.
         network: registered network.
         weights: file of weights, instead of the bundle's models/model.pt.
         slice_axis: auto, 0, 1, 2, axial, coronal or sagittal.
         data_consistency: put the measured low frequencies in place of the result's.
+        register: move the reference onto the low-resolution volume first, where the two lie on each other better then.
     """
     from glmamba_monai import inference
 
@@ -41,7 +44,15 @@ def super_resolve(
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
     logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
     inference.super_resolve(
-        image, reference, output, scale, network, weights, slice_axis, data_consistency=data_consistency
+        image,
+        reference,
+        output,
+        scale,
+        network,
+        weights,
+        slice_axis,
+        data_consistency=data_consistency,
+        register=register,
     )
     print(output)
 
@@ -72,6 +83,40 @@ def simulate(
     print(f"{output}: {' x '.join(map(str, low_resolution.shape[1:]))}")
 
 
+def report(
+    image: str,
+    low_resolution: str,
+    reference: str,
+    output: str,
+    truth: str | None = None,
+    metrics: str | None = None,
+    weights: str | None = None,
+    provenance: str | None = None,
+    max_slices: int = 40,
+    slice_axis: Any = "auto",
+) -> None:
+    """Write an HTML file that shows a super-resolved volume beside what it was made of, slice by slice.
+
+    Args:
+        image: super-resolved volume.
+        low_resolution: volume that it was made of.
+        reference: volume of the other contrast.
+        output: HTML file to write.
+        truth: high-resolution volume on the reference's grid, where it is known; adds maps of the error.
+        metrics: metrics.csv of an evaluation, shown as a table.
+        weights: file of the weights that were used; its name and SHA-256 are stated.
+        provenance: JSON file with an object of further facts to state.
+        max_slices: show at most so many, evenly spaced.
+        slice_axis: auto, 0, 1, 2, axial, coronal or sagittal.
+    """
+    from glmamba_monai.report import write_report
+
+    command = shlex.join(["python", "-m", "glmamba_monai", *sys.argv[1:]])
+    facts = {"metrics": metrics, "weights": weights, "provenance": provenance, "command": command}
+    shown = {"max_slices": max_slices, "slice_axis": slice_axis}
+    print(write_report(image, low_resolution, reference, output, truth, **facts, **shown))
+
+
 def demo_data(out: str, subjects: int = 6, seed: int = 0) -> None:
     """Write synthetic brains (T1, T2, PD, FLAIR, some with a tumour and its label) as NIfTI.
 
@@ -95,6 +140,27 @@ def cost(height: int = 240, width: int = 240) -> None:
     from glmamba_monai.networks import cost_table
 
     print(cost_table(height, width))
+
+
+def export_onnx(output: str, network: str = "glmamba", weights: str | None = None) -> None:
+    """Write a network with its weights as ONNX, for slices of any size.
+
+    Args:
+        output: .onnx file to write.
+        network: registered network.
+        weights: file of weights, instead of the bundle's models/model.pt.
+    """
+    from glmamba_monai import onnx_export
+    from glmamba_monai.bundle import locate_bundle
+    from glmamba_monai.engines import find_weights, load_weights
+    from glmamba_monai.networks import build_network
+
+    built = build_network(network)
+    found = find_weights(weights, [f"{locate_bundle(look_at_command_line=False)}/models"], built)
+    if found is not None:
+        load_weights(built, found, network)
+    onnx_export.export_onnx(built, output)
+    print(output)
 
 
 # What a parameter of that type takes from the command line; fire reads any text that looks like a number as one.
@@ -136,8 +202,10 @@ def deferred(command: Callable[..., None]) -> Callable[..., Call]:
 COMMANDS = {
     "super-resolve": deferred(super_resolve),
     "simulate": deferred(simulate),
+    "report": deferred(report),
     "demo-data": deferred(demo_data),
     "cost": deferred(cost),
+    "export-onnx": deferred(export_onnx),
 }
 
 
@@ -147,7 +215,7 @@ def main() -> None:
         call = fire.Fire(COMMANDS, name="glmamba_monai", serialize=lambda r: None if isinstance(r, Call) else r)
         if isinstance(call, Call):  # otherwise fire has shown its help
             call._run()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         from glmamba_monai.inference import root_cause
 
         print(f"glmamba_monai: error: {root_cause(error)}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from monai.transforms import SaveImaged
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
-    """Have ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
+    """Have ``write`` fill a temporary file or make a temporary folder beside ``path``, then rename it to ``path``.
+
+    A folder takes the place of nothing but an empty one.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full. What stood at ``path`` is still there.
@@ -29,6 +32,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     temporary = path.with_name(f".partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.is_dir():  # a file is overwritten, a folder would be added to
+            shutil.rmtree(temporary)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -43,9 +48,12 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     return path
 
 
-def _discard(file: Path) -> None:
+def _discard(temporary: Path) -> None:
     with contextlib.suppress(OSError):  # the error that brought us here is the one to report
-        file.unlink()
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:

@@ -12,6 +12,7 @@ from monai.data import MetaTensor
 
 from glmamba_monai.bundle import locate_bundle
 from glmamba_monai.files import require_writable, save_volume
+from glmamba_monai.formats import require_output, save_result
 from glmamba_monai.transforms import KSpaceLowResolution, LoadVolume
 from glmamba_monai.transforms.grid import find_slice_axis
 from glmamba_monai.transforms.volume import slices_back, slices_last
@@ -29,14 +30,17 @@ def super_resolve(
     slice_axis: str | int = "auto",
     bundle_root: PathLike | None = None,
     data_consistency: bool = False,
+    register: bool = False,
     **overrides: Any,
 ) -> MetaTensor:
     """Super-resolve a low-resolution volume with a sharp volume of another contrast.
 
     Args:
-        image: low-resolution NIfTI volume.
-        reference: NIfTI volume of another contrast over the same field of view, finer in plane, same slices.
-        output: NIfTI file to write; None writes nothing.
+        image: low-resolution volume: a NIfTI, NRRD or MetaImage file, or the folder of one DICOM series.
+        reference: volume of another contrast, in any of these formats, over the same field of view, finer in plane,
+            same slices.
+        output: file to write, NIfTI, NRRD or MHA by its name, or where ``image`` is a DICOM series a new folder for a
+            derived series (:func:`~glmamba_monai.formats.write_derived_series`); None writes nothing.
         scale: "auto" takes the factor from the two files; a number (or one per in-plane axis) is checked.
         network: registered name.
         weights: file of weights; None for the bundle's ``models/model.pt``.
@@ -45,6 +49,9 @@ def super_resolve(
         data_consistency: put the measured low frequencies of ``image`` in place of the result's
             (:class:`~glmamba_monai.transforms.KSpaceDataConsistency`). ``image`` must have the matrix it was measured
             on, over the reference's field of view.
+        register: move ``reference`` onto ``image``, rigidly, where the two lie on each other better afterwards
+            (:class:`~glmamba_monai.transforms.RegisterReferenced`). The result lies on the reference's grid all the
+            same, where ``image`` is.
         overrides: further keys of ``inference.json``, such as ``batch_size`` or ``device``.
 
     Returns:
@@ -56,7 +63,7 @@ def super_resolve(
     """
     root = Path(bundle_root) if bundle_root is not None else Path(locate_bundle(look_at_command_line=False))
     if output is not None:
-        _require_nifti_name(output)
+        require_output(output, image)
         require_writable(Path(output).absolute().parent)
     workflow = ConfigWorkflow(
         config_file=str(root / "configs" / "inference.json"),
@@ -71,6 +78,7 @@ def super_resolve(
         weights=None if weights is None else str(weights),
         slice_axis=slice_axis,
         data_consistency=data_consistency,
+        register=register,
         **overrides,
     )
     workflow.initialize()
@@ -78,7 +86,7 @@ def super_resolve(
     result = workflow.evaluator.state.output[0]["pred"].cpu()
     workflow.finalize()
     if output is not None:
-        save_volume(result, output)
+        save_result(result, output, image)
     return result
 
 

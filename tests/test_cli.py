@@ -203,7 +203,14 @@ def test_alone_it_shows_what_there_is(command):
         (["{lr}", "{t1}", "{out}", "--network", "srcnn", "--weights", "{missing}"], ["{missing}", "Train first"]),
         (["{lr}", "{t1}", "{out}", "--network", "srcnn", "--weights", "{lr}"], ["{lr}: is no file of weights"]),
         (["{t1}", "{lr}", "{out}"], ["{t1}", "{lr}", "swapped"]),
-        (["{lr}", "{t1}", "{tmp}/out.mha"], ["{tmp}/out.mha: the name must end in .nii or .nii.gz"]),
+        (
+            ["{lr}", "{t1}", "{tmp}/out.mhd"],
+            ["{tmp}/out.mhd: the name must end in .nii, .nii.gz, .nrrd or .mha, found '.mhd'"],
+        ),
+        (
+            ["{lr}", "{t1}", "{tmp}/out"],
+            ["{tmp}/out: the name must end in .nii", "image must be the folder of one, found {lr}"],
+        ),
         (["{lr}", "{t1}", "{lr}/out.nii.gz"], ["output folder {lr}: cannot be written"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("{") else "",

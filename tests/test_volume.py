@@ -125,12 +125,19 @@ def test_truncated_files_are_named(tmp_path, make_brain, make_volume, suffix, cu
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["notes.nii", "notes.nii.gz", "notes.txt"])
-def test_other_files_are_named(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("notes.nii", "cannot be read as NIfTI"),
+        ("notes.nii.gz", "cannot be read as NIfTI"),
+        ("notes.txt", "found a name that ends in '.txt', expected NIfTI"),
+    ],
+)
+def test_other_files_are_named(tmp_path, name, words):
     (tmp_path / name).write_text("these are notes, not a volume\n")
     with pytest.raises(ValueError) as error:
         LoadVolume()(tmp_path / name)
-    assert str(error.value).startswith(f"{tmp_path / name}: cannot be read as NIfTI")
+    assert str(error.value).startswith(f"{tmp_path / name}: {words}")
     assert "\n" not in str(error.value)
 
 

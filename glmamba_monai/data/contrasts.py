@@ -17,6 +17,7 @@ from glmamba_monai.transforms import (
     KSpaceLowResolution,
     LoadVolume,
     PairOnGridd,
+    RegisterReferenced,
     ScaleByPercentile,
 )
 
@@ -32,17 +33,23 @@ class ContrastVolume(Transform):
       :data:`~glmamba_monai.transforms.FACTORS`, in the units of ``images``;
     - ``pixel_size``: in mm, the mean of both axes.
 
+    Args:
+        register: move the other contrasts onto the first one (:class:`~glmamba_monai.transforms.RegisterReferenced`).
+
     Raises:
         FileNotFoundError, ValueError: a volume is not usable, or lies on another grid than the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, register: bool = False) -> None:
+        self.register = register
         self.load = LoadVolume()
         self.scale = ScaleByPercentile()
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         volumes = {name: self.load(path) for name, path in zip(item["contrasts"], item["files"])}
         volumes = PairOnGridd(list(volumes), item["slice_axis"])(volumes)
+        if self.register:
+            volumes = RegisterReferenced(item["contrasts"])(volumes)
         scaled = {name: self.scale(volumes[name]) for name in item["contrasts"]}
         spacing = np.linalg.norm(volumes[item["contrasts"][0]].affine[:3, :2].numpy(), axis=0)
         images = torch.cat([plain_tensor(image) for image in scaled.values()])

@@ -17,6 +17,7 @@ import numpy as np
 from glmamba_monai.data.layouts import CONTRASTS, Subjects, contrast_name, find_subjects, read_json_datalist
 from glmamba_monai.data.phantom import demo_data
 from glmamba_monai.files import write_json
+from glmamba_monai.formats import file_format, require_readable
 from glmamba_monai.transforms.grid import Grid, require_same_grid, slice_axes
 
 logger = logging.getLogger(__name__)
@@ -438,7 +439,7 @@ def inference_items(
             f"got image={image}, reference={reference}, dataset_dir={dataset_dir}"
         )
     if image is not None:
-        name = re.sub(r"\.nii(\.gz)?$", "", Path(image).name)
+        name = re.sub(r"\.(nii(\.gz)?|nrrd|nhdr|mha|mhd)$", "", Path(image).name)
         items = [{"subject": name, "image": str(image), "reference": str(reference)}]
     else:
         datalist, _ = find_items(str(dataset_dir), target, str(reference), layout, skip_incomplete=False)
@@ -446,5 +447,8 @@ def inference_items(
         items = [{"subject": p["subject"], "image": p["target"], "reference": p["reference"]} for p in pairs]
     for item in items:
         for role in ("image", "reference"):
-            require_volume_file(item[role])
+            if file_format(item[role]) == "NIfTI":
+                require_volume_file(item[role])
+            else:
+                require_readable(item[role])
     return items

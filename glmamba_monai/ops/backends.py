@@ -4,9 +4,10 @@ An operation lists its backends in order of preference. Adding one is an entry i
 operation's own file. Optional modules are imported when first asked for, and the outcome is remembered.
 """
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -181,6 +182,20 @@ def for_triton(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float16, torch.bfloat16) else x.float()
 
 
+_recording = False
+
+
+@contextlib.contextmanager
+def recorded_operators() -> Iterator[None]:
+    """Within, heavy operations are called as operators of torch, to be recorded and translated, not to be run."""
+    global _recording
+    _recording = True
+    try:
+        yield
+    finally:
+        _recording = False
+
+
 @torch.compiler.assume_constant_result  # torch.compile keeps the choice that it found
 def select_backend(
     op: str, tensor_is_cuda: bool, requested: str | None = None, dtype: torch.dtype = torch.float32
@@ -198,9 +213,17 @@ def select_backend(
 
     Raises:
         ValueError: unknown operation or backend name.
-        RuntimeError: the backend asked for is not available, or cannot take tensors of this device.
+        RuntimeError: the backend asked for is not available, or cannot take tensors of this device; or an ONNX export
+            that lacks the translations of :mod:`glmamba_monai.onnx_export` is under way.
         TypeError: the backend asked for cannot take float64.
     """
+    if _recording:
+        return "torch" if op == "pointwise" else "native"
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            f"{op}: torch.onnx.export and monai.bundle onnx_export do not know how to write it. Use "
+            "python -m glmamba_monai export-onnx OUTPUT --network NAME --weights FILE"
+        )
     operation = _operation(op)
     device = "cuda" if tensor_is_cuda else "cpu"
     double = dtype == torch.float64

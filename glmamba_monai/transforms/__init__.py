@@ -18,6 +18,7 @@ from glmamba_monai.transforms.volume import (
     MatchReferenced,
     NameOutputd,
     PairOnGridd,
+    RegisterReferenced,
     SlicesBackd,
 )
 
@@ -39,6 +40,7 @@ __all__ = [
     "PairOnGridd",
     "RandLowResolutiond",
     "RandPixelSized",
+    "RegisterReferenced",
     "RequireKSpaceCropd",
     "RestoreIntensityd",
     "ScaleByPercentile",

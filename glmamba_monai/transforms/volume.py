@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor, NibabelReader
-from monai.transforms import LoadImage, MapTransform, Orientation, Transform
+from monai.transforms import EnsureChannelFirst, MapTransform, Orientation, Transform
+from monai.transforms.io.array import switch_endianness
 from monai.utils import ensure_tuple
 from nibabel import aff2axcodes
 
+from glmamba_monai.formats import file_format, read_volume
 from glmamba_monai.transforms.grid import find_slice_axis, match_grids, require_same_grid
+
+logger = logging.getLogger(__name__)
 
 FOREGROUND_LEVEL = 0.05  # of the volume's 99.9th percentile: above the noise of a head scan, below its tissue
 MIN_FOREGROUND = 0.05  # of a slice (docs/data.md, metrics)
@@ -50,28 +56,35 @@ def require_volume(image: torch.Tensor, name: str) -> None:
 
 
 class LoadVolume(Transform):
-    """Load one NIfTI volume as ``(1, X, Y, Z)`` float32, and refuse what is not a usable volume.
+    """Load one volume as ``(1, X, Y, Z)`` float32, and refuse what is not a usable volume.
 
-    A tensor or array ``(1, X, Y, Z)`` is passed through the same checks.
+    It is a NIfTI, NRRD or MetaImage file or the folder of one DICOM series (docs/data.md, formats). A tensor or array
+    ``(1, X, Y, Z)`` is passed through the same checks.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read (truncated, say), is not 3-D, has NaN or infinite voxels or only zeros.
+        ValueError: it is of another format, cannot be read (truncated, say), is not 3-D, has NaN or infinite voxels or
+            only zeros.
     """
 
     def __init__(self) -> None:
-        self.load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32)
-        self.reader = NibabelReader()  # given at every call: LoadImage's own readers hide nibabel's reason
+        # MONAI's LoadImage hides nibabel's reason, and warns about its DICOM readers where pydicom is installed.
+        self.reader = NibabelReader()
+        self.channel_first = EnsureChannelFirst()
 
     def __call__(self, source: Any) -> MetaTensor:
         if isinstance(source, (torch.Tensor, np.ndarray)):
             image = source if isinstance(source, MetaTensor) else MetaTensor(torch.as_tensor(source))
             image = image.to(torch.float32)
+        elif file_format(source) != "NIfTI":
+            image = read_volume(source)
         else:
             try:
-                image = self.load(source, reader=self.reader)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{source}: there is no such file") from error
+                path = Path(source).expanduser()
+                array, meta = self.reader.get_data(self.reader.read(path))
+                meta = {**switch_endianness(meta, "<"), "filename_or_obj": str(path)}
+                image = MetaTensor.ensure_torch_and_prune_meta(array.astype(np.float32), meta)
+                image = self.channel_first(image, meta_dict=meta)
             except Exception as error:  # whatever nibabel, gzip or zlib happen to raise on a damaged file
                 reason = " ".join(str(error).split())
                 raise ValueError(
@@ -140,6 +153,41 @@ class PairOnGridd(MapTransform):
         for key in self.keys:
             d[key] = slices_last(d[key], axis)
         d[SLICE_AXIS_KEY] = axis
+        return d
+
+
+class RegisterReferenced(MapTransform):
+    """Move volumes onto the first one, rigidly, where that shows the two to lie on each other better.
+
+    See :mod:`glmamba_monai.registration`. A volume keeps its grid; what has been found is logged, as a warning where
+    nothing fits.
+
+    Args:
+        keys: the volume that stays, of any resolution, then those to move onto it.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        from glmamba_monai import registration
+
+        d = dict(data)
+        first, *others = self.keys
+        for other in others:
+            fixed, moving = d[first], d[other]
+            found = registration.register(moving, fixed, foreground(moving), foreground(fixed))
+            pair = f"{_name(moving, str(other))} onto {_name(fixed, str(first))}"
+            if found.used:
+                d[other] = registration.apply(moving, found.matrix)
+                logger.info(
+                    "registered %s: moved by %.2f mm and %.2f degrees, mutual information %.3f, was %.3f",
+                    pair,
+                    found.move,
+                    found.degrees,
+                    found.after,
+                    found.before,
+                )
+            else:
+                level = logging.WARNING if found.failed else logging.INFO
+                logger.log(level, "not registered %s: %s; it stays where it is", pair, found.reason)
         return d
 
 
