@@ -97,6 +97,7 @@ def assert_onnx_equals_eager(onnxruntime, path, network):
         np.testing.assert_allclose(y, eager(network, x).numpy(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_onnx_by_the_command_equals_eager_at_any_size(onnxruntime, tmp_path, monkeypatch):
     network = trained_like("glmamba")
     torch.save(network.state_dict(), tmp_path / "model.pt")
