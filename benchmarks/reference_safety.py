@@ -5,9 +5,8 @@ python benchmarks/reference_safety.py --weights bundle/models/model.pt --dataset
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fire
 import torch
@@ -76,10 +75,10 @@ def references(right: Tensor, wrong: Tensor, name: str) -> Iterator[tuple[str, T
 
 
 @torch.inference_mode()
-def super_resolve(network: nn.Module, image: Tensor, batch_size: int, device: str, show: Callable[..., Any]) -> Tensor:
-    """``(2, X, Y, S)``, upsampled slices and their references, to ``(1, X, Y, S)``."""
-    slices = image.permute(3, 0, 1, 2).contiguous()
-    found = [network(batch.to(device))[:, :1].cpu() for batch in show(slices.split(batch_size))]
+def super_resolve(network: nn.Module, image: Tensor, batch_size: int, device: str, title: str) -> Tensor:
+    """``(2, X, Y, S)``, upsampled slices and their references, to ``(1, X, Y, S)``, with a bar of that title."""
+    batches = image.permute(3, 0, 1, 2).contiguous().split(batch_size)
+    found = [network(batch.to(device))[:, :1].cpu() for batch in tqdm(batches, title, leave=False)]
     return torch.cat(found).permute(1, 2, 3, 0)
 
 
@@ -135,8 +134,7 @@ def main(
 
     rows = {"zero-filling": figures(item["zero_filling"])}
     for name, image in references(right, with_other["image"].as_tensor()[1:], wrong["subject"]):
-        pair = torch.cat((upsampled, image))
-        rows[name] = figures(super_resolve(net, pair, batch_size, device, lambda b, n=name: tqdm(b, n, leave=False)))
+        rows[name] = figures(super_resolve(net, torch.cat((upsampled, image)), batch_size, device, name))
 
     print(
         f"{network} ({path}), {target} with {reference}, {found['subject']} at {scale}x, {right.shape[-1]} slices; "

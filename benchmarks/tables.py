@@ -38,7 +38,7 @@ from glmamba_monai.engines import SubjectMetrics
 from glmamba_monai.engines.checkpoint import CHECKPOINT_FILE, read_checkpoint
 from glmamba_monai.engines.evaluation import BASELINES, METRICS_FILE, SUMMARY_FILE, Row
 from glmamba_monai.engines.progress import format_duration
-from glmamba_monai.files import require_writable, write_atomically, write_json
+from glmamba_monai.files import require_writable, write_atomically, write_csv, write_json
 from glmamba_monai.metrics import CONVENTIONS
 from glmamba_monai.networks import NETWORKS, build_network, find_network
 from glmamba_monai.networks.cost import count_cost
@@ -321,15 +321,6 @@ def _one_slice(item: Mapping[str, Any], index: int) -> dict[str, Any]:
         else value
         for key, value in item.items()
     }
-
-
-def write_csv(path: str | os.PathLike[str], rows: Iterable[Row], columns: Sequence[str]) -> None:
-    """Write some columns of rows."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_atomically(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------

@@ -23,22 +23,26 @@ def super_resolve(
     slice_axis: Any = "auto",
     bundle_root: str | None = None,
     data_consistency: bool = False,
-    register: bool = False,
+    register: Any = "auto",
+    self_ensemble: bool = False,
 ) -> None:
     """Super-resolve a low-resolution volume with a sharp one of another contrast.
 
     Args:
         image: low-resolution volume: NIfTI, NRRD, MHA or MHD file, or the folder of one DICOM series.
-        reference: volume of another contrast, in any of these formats, same field of view and slices, finer in plane.
-        output: file to write, .nii.gz, .nii, .nrrd or .mha, or for a DICOM series a new folder; on reference's grid.
+        reference: volume of another contrast, in any of these formats, finer in plane; resampled if need be.
+        output: file to write, .nii.gz, .nii, .nrrd or .mha, or for a DICOM series a new folder.
         scale: auto takes the factor from the files; a number, or [a,b] in plane, is checked against them.
         network: registered network.
         weights: file of weights, instead of the bundle's models/model.pt.
         slice_axis: auto, 0, 1, 2, axial, coronal or sagittal.
+        bundle_root: folder of the bundle, instead of the one beside the package.
         data_consistency: put the measured low frequencies in place of the result's.
-        register: move the reference onto the low-resolution volume first, where the two lie on each other better then.
+        register: move the reference onto the low-resolution volume first: True or affine, where the two lie on each
+            other better then; auto, where they lie 1 mm or more apart; False does not look.
+        self_ensemble: mean of all eight orientations of a slice, and their standard deviation in a file of its own.
     """
-    from glmamba_monai import inference
+    from glmamba_monai import formats, inference
 
     # Ignite logs every error that ends a run, which main reports, and MONAI that its logging is left alone.
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
@@ -51,10 +55,14 @@ def super_resolve(
         network,
         weights,
         slice_axis,
-        data_consistency=data_consistency,
-        register=register,
+        bundle_root,
+        data_consistency,
+        register,
+        self_ensemble,
     )
     print(output)
+    if self_ensemble:
+        print(formats.sd_path(output))
 
 
 def simulate(
@@ -91,6 +99,7 @@ def report(
     truth: str | None = None,
     metrics: str | None = None,
     weights: str | None = None,
+    registration: str | None = None,
     provenance: str | None = None,
     max_slices: int = 40,
     slice_axis: Any = "auto",
@@ -102,9 +111,10 @@ def report(
         low_resolution: volume that it was made of.
         reference: volume of the other contrast.
         output: HTML file to write.
-        truth: high-resolution volume on the reference's grid, where it is known; adds maps of the error.
+        truth: high-resolution volume on the output's grid, where it is known; adds maps of the error.
         metrics: metrics.csv of an evaluation, shown as a table.
         weights: file of the weights that were used; its name and SHA-256 are stated.
+        registration: JSON file that a registration of the reference has left beside the result.
         provenance: JSON file with an object of further facts to state.
         max_slices: show at most so many, evenly spaced.
         slice_axis: auto, 0, 1, 2, axial, coronal or sagittal.
@@ -112,9 +122,36 @@ def report(
     from glmamba_monai.report import write_report
 
     command = shlex.join(["python", "-m", "glmamba_monai", *sys.argv[1:]])
-    facts = {"metrics": metrics, "weights": weights, "provenance": provenance, "command": command}
-    shown = {"max_slices": max_slices, "slice_axis": slice_axis}
+    facts = {"metrics": metrics, "weights": weights, "registration": registration, "provenance": provenance}
+    shown = {"command": command, "max_slices": max_slices, "slice_axis": slice_axis}
     print(write_report(image, low_resolution, reference, output, truth, **facts, **shown))
+
+
+def pair(target: str, reference: str, output: str) -> None:
+    """Make one 4-D NIfTI file of a low-resolution volume and its reference, on the reference's grid.
+
+    Args:
+        target: low-resolution volume.
+        reference: volume of another contrast.
+        output: NIfTI file to write.
+    """
+    from glmamba_monai import inference
+
+    both = inference.pair(target, reference, output)
+    print(f"{output}: {' x '.join(map(str, both.shape[1:]))}, target and reference")
+
+
+def label_app(folder: str, weights: str | None = None, bundle_root: str | None = None) -> None:
+    """Make the app folder of a MONAI Label server with this model, and print the command that starts it.
+
+    Args:
+        folder: to make; must not exist or be empty.
+        weights: file of weights, instead of the bundle's models/model.pt.
+        bundle_root: folder of the bundle, instead of the one beside the package.
+    """
+    from glmamba_monai.label_app import set_up_app
+
+    print(set_up_app(folder, weights, bundle_root))
 
 
 def demo_data(out: str, subjects: int = 6, seed: int = 0) -> None:
@@ -203,6 +240,8 @@ COMMANDS = {
     "super-resolve": deferred(super_resolve),
     "simulate": deferred(simulate),
     "report": deferred(report),
+    "pair": deferred(pair),
+    "label-app": deferred(label_app),
     "demo-data": deferred(demo_data),
     "cost": deferred(cost),
     "export-onnx": deferred(export_onnx),

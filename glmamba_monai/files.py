@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,15 @@ def write_json(path: str | os.PathLike[str], content: Any) -> Path:
     return write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def write_csv(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Path:
+    """Write some columns of rows, floats with six decimals; what a row lacks stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return write_atomically(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+
+
 def write_checkpoint(path: str | os.PathLike[str], content: Any) -> Path:
     """Write ``content`` with :func:`torch.save`."""
     return write_atomically(path, lambda p: torch.save(content, p))
@@ -113,7 +124,7 @@ class AtomicNibabelWriter(NibabelWriter):
 
 
 def save_volume(volume: MetaTensor, path: str | os.PathLike[str]) -> Path:
-    """Write ``(1, X, Y, Z)`` as a float32 NIfTI file, atomically.
+    """Write ``(1, X, Y, Z)``, or several volumes as 4-D, as a float32 NIfTI file, atomically.
 
     Raises:
         OSError: it cannot be written.

@@ -189,12 +189,12 @@ class DicomSeries:
         if not others:
             raise ValueError(f"{folder}: found one DICOM image, {first.name}, expected the slices of a volume")
         for file in others:
-            for what, tolerance in (("GetSize", 0), ("GetSpacing", 1e-4), ("GetDirection", 1e-4)):
-                values = [np.array(getattr(headers[f], what)()) for f in (first, file)]
-                if np.abs(values[0] - values[1])[: 2 if what != "GetDirection" else 9].max() > tolerance:
+            for what, compared, tolerance in (("Size", 2, 0), ("Spacing", 2, 1e-4), ("Direction", 9, 1e-4)):
+                a, b = (np.array(getattr(headers[f], f"Get{what}")()) for f in (first, file))
+                if np.abs(a - b)[:compared].max() > tolerance:
                     raise ValueError(
-                        f"{folder}: {first.name} and {file.name} differ in {what.removeprefix('Get').lower()}, "
-                        f"{_numbers(values[0])} and {_numbers(values[1])}; expected the slices of one volume"
+                        f"{folder}: {first.name} and {file.name} differ in {what.lower()}, {_numbers(a)} and "
+                        f"{_numbers(b)}; expected the slices of one volume"
                     )
         direction = np.reshape(headers[first].GetDirection(), (3, 3))
         positions = {file: np.array(headers[file].GetOrigin()) for file in files}
@@ -337,6 +337,23 @@ def require_output(output: PathLike, image: PathLike) -> None:
 def _output_format(path: PathLike) -> str:
     name = Path(path).name
     return next((format for format, suffixes in WRITABLE.items() if name.endswith(suffixes)), "DICOM")
+
+
+def sd_path(output: PathLike) -> Path:
+    """Where the standard deviation of a result belongs: beside it, in its format, or in NIfTI beside a DICOM series.
+
+    ``sr.nrrd`` has ``sr_sd.nrrd``, the folder ``sr`` has ``sr_sd.nii.gz``.
+    """
+    path, plain = Path(output), without_ending(output)
+    suffix = path.name.removeprefix(plain.name) or ".nii.gz"
+    return path.with_name(f"{plain.name}_sd{suffix}")
+
+
+def without_ending(output: PathLike) -> Path:
+    """The name of a result without the ending of its format: that of files beside it begins so."""
+    path = Path(output)
+    suffix = next((s for suffixes in WRITABLE.values() for s in suffixes if path.name.endswith(s)), "")
+    return path.with_name(path.name.removesuffix(suffix))
 
 
 def save_result(volume: MetaTensor, output: PathLike, image: PathLike) -> Path:

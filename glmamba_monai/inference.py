@@ -7,15 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from glmamba_monai.bundle import locate_bundle
 from glmamba_monai.files import require_writable, save_volume
-from glmamba_monai.formats import require_output, save_result
-from glmamba_monai.transforms import KSpaceLowResolution, LoadVolume
+from glmamba_monai.formats import require_output, save_result, sd_path, without_ending
+from glmamba_monai.transforms import (
+    KSpaceLowResolution,
+    KSpaceUpsampled,
+    LoadVolume,
+    LoadVolumed,
+    MatchReferenced,
+    SlicesBackd,
+)
 from glmamba_monai.transforms.grid import find_slice_axis
-from glmamba_monai.transforms.volume import slices_back, slices_last
+from glmamba_monai.transforms.volume import INTERPOLATED_KEY, slices_back, slices_last
 
 PathLike = str | os.PathLike[str]
 
@@ -30,15 +38,16 @@ def super_resolve(
     slice_axis: str | int = "auto",
     bundle_root: PathLike | None = None,
     data_consistency: bool = False,
-    register: bool = False,
+    register: bool | str = "auto",
+    self_ensemble: bool = False,
     **overrides: Any,
-) -> MetaTensor:
+) -> MetaTensor | tuple[MetaTensor, MetaTensor]:
     """Super-resolve a low-resolution volume with a sharp volume of another contrast.
 
     Args:
         image: low-resolution volume: a NIfTI, NRRD or MetaImage file, or the folder of one DICOM series.
-        reference: volume of another contrast, in any of these formats, over the same field of view, finer in plane,
-            same slices.
+        reference: volume of another contrast, in any of these formats, finer in plane. Over another field of view,
+            or with other slices, it is resampled (docs/registration.md).
         output: file to write, NIfTI, NRRD or MHA by its name, or where ``image`` is a DICOM series a new folder for a
             derived series (:func:`~glmamba_monai.formats.write_derived_series`); None writes nothing.
         scale: "auto" takes the factor from the two files; a number (or one per in-plane axis) is checked.
@@ -49,13 +58,18 @@ def super_resolve(
         data_consistency: put the measured low frequencies of ``image`` in place of the result's
             (:class:`~glmamba_monai.transforms.KSpaceDataConsistency`). ``image`` must have the matrix it was measured
             on, over the reference's field of view.
-        register: move ``reference`` onto ``image``, rigidly, where the two lie on each other better afterwards
-            (:class:`~glmamba_monai.transforms.RegisterReferenced`). The result lies on the reference's grid all the
-            same, where ``image`` is.
+        register: move ``reference`` onto ``image``: False does not look whether the two lie on each other; True,
+            rigidly, where they lie on each other better afterwards; "affine" may stretch it, too; "auto" where they
+            lie 1 mm or more apart. What was found is kept beside ``output`` (docs/registration.md).
+        self_ensemble: run the network on each slice in all eight orientations, which takes eight times as long; the
+            result is their mean, and their standard deviation goes beside ``output``
+            (:func:`~glmamba_monai.formats.sd_path`).
         overrides: further keys of ``inference.json``, such as ``batch_size`` or ``device``.
 
     Returns:
-        ``(1, X, Y, Z)`` on the reference's grid, float32, intensities in the units of ``image``.
+        ``(1, X, Y, Z)``, float32, intensities in the units of ``image``; on the reference's grid, or where that was
+        resampled on a finer grid with the slices of ``image``; with ``self_ensemble``
+        the result and its standard deviation, both of this kind.
 
     Raises:
         FileNotFoundError, ValueError, OSError: a file is missing, does not fit or cannot be written. These are the
@@ -73,21 +87,29 @@ def super_resolve(
         image=str(image),
         reference=str(reference),
         output_dir=None,
+        registration_file=None if output is None else f"{without_ending(output)}_registration",
         scale=scale,
         network=network,
         weights=None if weights is None else str(weights),
         slice_axis=slice_axis,
         data_consistency=data_consistency,
         register=register,
+        self_ensemble=self_ensemble,
         **overrides,
     )
     workflow.initialize()
     workflow.run()
-    result = workflow.evaluator.state.output[0]["pred"].cpu()
+    (found,) = workflow.evaluator.state.output
     workflow.finalize()
+    result = found["pred"].cpu()
     if output is not None:
         save_result(result, output, image)
-    return result
+    if not self_ensemble:
+        return result
+    sd = found["sd"].cpu()
+    if output is not None:
+        save_result(sd, sd_path(output), image)
+    return result, sd
 
 
 def simulate(
@@ -123,6 +145,34 @@ def simulate(
     low_resolution = slices_back(degrade(slices_last(volume, axis)), axis)
     save_volume(low_resolution, output)
     return low_resolution
+
+
+def pair(target: PathLike, reference: PathLike, output: PathLike) -> MetaTensor:
+    """Make one 4-D NIfTI file of a low-resolution volume and its reference, for programs that pass a single file.
+
+    Both lie on the reference's grid: a coarse target is upsampled by zero-filling, as the network would be given it.
+
+    Args:
+        target: low-resolution volume, or one that the scanner has interpolated to the reference's matrix.
+        reference: volume of another contrast.
+        output: NIfTI file to write.
+
+    Returns:
+        ``(2, X, Y, Z)``, target first.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: a file is missing, does not fit or cannot be written.
+    """
+    _require_nifti_name(output)
+    data = LoadVolumed(["image", "reference"])({"image": target, "reference": reference})
+    data[INTERPOLATED_KEY] = sorted(data["image"].shape) == sorted(data["reference"].shape)
+    data = MatchReferenced(["image", "reference"])(data)
+    data = KSpaceUpsampled("image", like_key="reference")(data)
+    data = SlicesBackd(["image", "reference"])(data)
+    both = MetaTensor(torch.cat([data["image"].as_tensor(), data["reference"].as_tensor()]))
+    both.affine = data["reference"].affine
+    save_volume(both, output)
+    return both
 
 
 def _require_nifti_name(path: PathLike) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from monai.metrics.regression import KernelType, compute_ssim_and_cs
 from torch import Tensor
@@ -16,6 +18,16 @@ CONVENTIONS = {
     "ssim_foreground": "SSIM, Gaussian 11x11 sigma 1.5, mean over the foreground mask, data range as before",
     "ssim_uniform7": "SSIM, uniform 7x7, data range = maximum of the HR volume",
 }
+# The same for the standard deviation of a self-ensemble (docs/confidence.md)
+SD_METRICS = {
+    "sd_spearman": "Spearman's correlation of SD and absolute error over the foreground",
+    "edges_spearman": "the same of the result's gradient in place of its SD: what a plain map of edges reaches",
+    "sd_pearson": "Pearson's correlation of SD and absolute error over the foreground",
+    "sd_top_error": "mean absolute error of the 10 % of the foreground with the largest SD, over that of all of it",
+    "sd_top_error_limit": "the same of the 10 % with the largest error: what a perfect map would reach",
+    "sd_within_2": "share of the foreground with an error of at most 2 SD: 0.95 if the error were normal with this SD",
+}
+TOP = 0.1
 GAUSSIAN_SIZE, GAUSSIAN_SIGMA, UNIFORM_SIZE = 11, 1.5, 7
 
 
@@ -94,3 +106,44 @@ def slice_metrics(
         "ssim_foreground": (gaussian * inside).sum(dim=(1, 2, 3)) / inside.sum(dim=(1, 2, 3)),
         "ssim_uniform7": ssim_map(sr, hr, "uniform").mean(dim=(1, 2, 3)),
     }
+
+
+def sd_metrics(sd: Tensor, error: Tensor, gradient: Tensor) -> dict[str, float]:
+    """How well a standard deviation tells where the error is large.
+
+    Args:
+        sd: ``(N,)``, of the foreground voxels of a subject.
+        error: the absolute error there, ``(N,)``.
+        gradient: of the result, its magnitude, ``(N,)``.
+
+    Returns:
+        ``{name: value}``, see :data:`SD_METRICS`; NaN where one of the two is the same everywhere.
+    """
+    sd, error, gradient = sd.double(), error.double(), gradient.double()
+    if any(len(values.unique()) < 2 for values in (sd, error)):
+        return dict.fromkeys(SD_METRICS, math.nan)
+    top, mean = max(1, round(TOP * len(sd))), error.mean()
+    return {
+        "sd_spearman": _correlation(_ranks(sd), _ranks(error)),
+        "edges_spearman": _correlation(_ranks(gradient), _ranks(error)),
+        "sd_pearson": _correlation(sd, error),
+        "sd_top_error": float(error[sd.topk(top).indices].mean() / mean),
+        "sd_top_error_limit": float(error.topk(top).values.mean() / mean),
+        "sd_within_2": float((error <= 2 * sd).double().mean()),
+    }
+
+
+def gradient_magnitude(slices: Tensor) -> Tensor:
+    """In-plane gradient of ``(S, 1, H, W)``, by central differences."""
+    return torch.hypot(*torch.gradient(slices, dim=(2, 3)))
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 1 on; equal values have the mean of theirs."""
+    _, places, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts.double() - 1) / 2)[places]

@@ -12,6 +12,9 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -20,17 +23,28 @@ from typing import Any, NamedTuple
 import monai
 import numpy as np
 import torch
+from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.transforms import Orientation
 from nibabel import aff2axcodes
 from PIL import Image
 
 import glmamba_monai
-from glmamba_monai.engines.evaluation import summarise
+from glmamba_monai import registration as registering
+from glmamba_monai.engines.evaluation import SubjectMetrics, summarise
 from glmamba_monai.files import require_writable, write_atomically
 from glmamba_monai.metrics import CONVENTIONS, GAUSSIAN_SIZE, slice_metrics
-from glmamba_monai.transforms import KSpaceUpsampled, LoadVolume, MatchReferenced
-from glmamba_monai.transforms.grid import PLANES, Grid, require_same_grid
-from glmamba_monai.transforms.volume import SLICE_AXIS_KEY, slices_last
+from glmamba_monai.transforms import KSpaceUpsample, KSpaceUpsampled, LoadVolume, MatchReferenced
+from glmamba_monai.transforms.grid import (
+    PLANES,
+    SAME_GRID_TOLERANCE,
+    Grid,
+    OtherGridError,
+    find_slice_axis,
+    match_grids,
+    require_same_grid,
+)
+from glmamba_monai.transforms.volume import KEPT_SLICES_KEY, SLICE_AXIS_KEY, cut, slices_last
 
 PathLike = str | os.PathLike[str]
 
@@ -84,6 +98,7 @@ def write_report(
     truth: PathLike | None = None,
     metrics: PathLike | None = None,
     weights: PathLike | None = None,
+    registration: PathLike | None = None,
     provenance: PathLike | None = None,
     command: str | None = None,
     max_slices: int = 40,
@@ -92,13 +107,16 @@ def write_report(
     """Write one self-contained HTML file that shows a super-resolved volume beside what it was made of.
 
     Args:
-        super_resolved: volume on the reference's grid.
+        super_resolved: volume on the reference's grid, or where that was resampled on a grid with the slices of the
+            low-resolution volume.
         low_resolution: the low-resolution volume it was made of, on its own grid.
         reference: volume of the other contrast.
         output: HTML file to write.
-        truth: the high-resolution volume on the reference's grid, where it is known; adds maps of the error.
+        truth: the high-resolution volume on the grid of the output, where it is known; adds maps of the error.
         metrics: ``metrics.csv`` of an evaluation, shown as a table.
         weights: file of the weights that were used; its name and SHA-256 are stated.
+        registration: JSON file that a registration of the reference has left
+            (:func:`~glmamba_monai.registration.write_record`); the reference is moved alike, and the overlay shown.
         provenance: JSON file with an object of further facts to state, such as the command that made the volume.
         command: the command that makes this report.
         max_slices: show at most so many, evenly spaced.
@@ -113,79 +131,224 @@ def write_report(
     if max_slices < 1:
         raise ValueError(f"max_slices: {max_slices} found, at least 1 expected")
     require_writable(output.absolute().parent)
-    table = "" if metrics is None else _metrics_section(Path(metrics))
-    further = {} if provenance is None else _read_provenance(Path(provenance))
-    digest = None if weights is None else f"{Path(weights).name}, SHA-256 {_sha256(Path(weights))}"
+    sections = "" if metrics is None else _metrics_of_file(Path(metrics))
+    further = {} if provenance is None else _read_object(Path(provenance), "provenance")
+    digest = None if weights is None else _digest(Path(weights))
 
     files = {"input": low_resolution, "output": super_resolved, "reference": reference, "truth": truth}
     loaded = {name: LoadVolume()(file) for name, file in files.items() if file is not None}
     sources = {name: (tuple(v.shape[1:]), v.affine.numpy(), str(files[name])) for name, v in loaded.items()}
-    for name in ("output", "truth"):
-        if name in loaded:
-            require_same_grid(sources[name], sources["reference"])
-    volumes = _on_one_grid(loaded, slice_axis)
+    matrix = np.eye(4)
+    if registration is not None:
+        matrix, section = _registration_section(Path(registration))
+        sections = section + sections
+    volumes = _on_one_grid(loaded, sources, matrix, slice_axis)
+    if "truth" in loaded:
+        require_same_grid(sources["truth"], sources["output"])
+    facts = {
+        "Weights": digest or "not stated",
+        "Command of this report": command or "called from Python",
+        **{name: value if isinstance(value, str) else json.dumps(value) for name, value in further.items()},
+    }
+    numbers = list(range(volumes["output"].shape[-1]))
+    measured, affine = loaded["input"].as_tensor(), volumes["output"].affine.numpy()
+    return _write(output, volumes, affine, numbers, len(numbers), measured, sources, sections, facts, max_slices)
 
-    affine = volumes["reference"].affine.numpy()
-    panels = {name: volume.as_tensor()[0].abs() for name, volume in volumes.items() if name != "reference"}
-    panels["reference"] = volumes["reference"].as_tensor()[0]  # magnitude images, but another contrast may be signed
-    size = panels["reference"].shape[-1]
-    shown = np.unique(np.linspace(0, size - 1, min(max_slices, size)).round().astype(int)).tolist()
-    windows = _windows(panels, loaded["input"].as_tensor())
+
+class EvaluationReports:
+    """During an evaluation, a report of each subject: ``FOLDER/SUBJECT.html``.
+
+    It shows the slices that are evaluated, as the network has got and given them, in units of the divisor of the
+    low-resolution volume.
+
+    Args:
+        metrics: the evaluator's metric.
+        folder: where to write.
+        description: what is evaluated; ``weights`` in it is the file that is used, or None.
+        max_slices: of a report.
+    """
+
+    def __init__(
+        self, metrics: SubjectMetrics, folder: PathLike, description: Mapping[str, Any], max_slices: int = 40
+    ) -> None:
+        self.metrics = metrics
+        self.folder = Path(folder)
+        self.description = dict(description)
+        self.max_slices = max_slices
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        for item, result in zip(engine.state.batch, engine.state.output):
+            self._write(item, result["pred"])
+
+    def _write(self, item: Mapping[str, Any], found: torch.Tensor) -> None:
+        subject, truth, kept = str(item["subject"]), item["target"], item[KEPT_SLICES_KEY]
+        affine = truth.affine.cpu().numpy()
+        volumes = {"input": item["zero_filling"], "output": found, "reference": item["image"][1:2], "truth": truth}
+        volumes = {name: torch.as_tensor(volume).as_subclass(torch.Tensor).cpu() for name, volume in volumes.items()}
+        file = str(truth.meta.get("filename_or_obj", "truth"))
+        shape = (*truth.shape[1:3], len(kept))
+        sources = {"output": (shape, affine, subject), "truth": (shape, affine, file)}
+        rows = [row for row in self.metrics.rows if row["subject"] == subject]
+        weights = self.description.get("weights")
+        facts = {
+            "Weights": "none" if weights is None else _digest(Path(weights)),
+            "Command": _bundle_command(),
+            **{name: str(value) for name, value in self.description.items() if name != "weights"},
+            "Intensities": "divided by the 99.9th percentile of the low-resolution volume, the reference by its own",
+        }
+        name = re.sub(r"[^\w.+-]+", "_", subject)
+        measured, numbers = item["low_resolution"].cpu(), torch.nonzero(kept).flatten().tolist()
+        arguments = (measured, sources, _metrics_section(rows, subject), facts, self.max_slices)
+        range_ = float(item["data_range"])
+        _write(self.folder / f"{name}.html", volumes, affine, numbers, len(kept), *arguments, data_range=range_)
+
+
+def _bundle_command() -> str:
+    if Path(sys.argv[0]).parts[-2:] != ("bundle", "__main__.py"):
+        return "called from Python"
+    return shlex.join(["python", "-m", "monai.bundle", *sys.argv[1:]])
+
+
+def _write(
+    output: Path,
+    volumes: Mapping[str, torch.Tensor],
+    affine: np.ndarray,
+    numbers: Sequence[int],
+    size: int,
+    measured: torch.Tensor,
+    sources: Mapping[str, Grid],
+    sections: str,
+    facts: Mapping[str, str],
+    max_slices: int,
+    data_range: float | None = None,
+) -> Path:
+    """Write the page.
+
+    Args:
+        output: HTML file.
+        volumes: ``(1, X, Y, S)`` each: input, output, reference and perhaps truth.
+        affine: voxel-to-world matrix of the whole volume, slices last.
+        numbers: which slices of the whole volume the ``S`` are.
+        size: how many slices that has.
+        measured: the low-resolution volume, whose percentiles are black and white.
+        sources: what to state in the table of volumes.
+        sections: HTML that stands below the images.
+        facts: the provenance but for what every report states.
+        max_slices: at most so many are shown.
+        data_range: of PSNR and SSIM; None for the truth's maximum.
+    """
+    panels = {name: torch.as_tensor(v).as_subclass(torch.Tensor)[0] for name, v in volumes.items()}
+    # Magnitude images, but another contrast may be signed.
+    panels = {name: panel if name == "reference" else panel.abs() for name, panel in panels.items()}
+    shape = tuple(panels["reference"].shape)
+    picked = np.unique(np.linspace(0, shape[2] - 1, min(max_slices, shape[2])).round().astype(int)).tolist()
+    shown = [numbers[n] for n in picked]
+    windows = _windows(panels, torch.as_tensor(measured).as_subclass(torch.Tensor))
     notes = {name: f"window {low:.4g} to {high:.4g}" for name, (low, high) in windows.items()}
     figures = {}
     if "truth" in panels:
+        data_range = float(panels["truth"].max()) if data_range is None else data_range
         for name in ("input", "output"):
             panels[f"{name}_error"] = (panels[name] - panels["truth"]).abs()
-            figures[name] = _figures(panels[name][..., shown], panels["truth"][..., shown], panels["truth"].max())
+            figures[name] = _figures(panels[name][..., picked], panels["truth"][..., picked], data_range)
         top = float(np.percentile(panels["input_error"].numpy(), BRIGHTEST))
         top = top or float(panels["output_error"].max()) or 1.0  # the input may be the truth
-        share = top / float(panels["truth"].max())
         for name in ("input_error", "output_error"):
             windows[name] = (0.0, top)
-            notes[name] = f"|difference to the truth|, 0 to {top:.4g} ({share:.1%} of the truth's maximum)"
+            share = f"{top / data_range:.1%} of the truth's maximum"
+            notes[name] = f"|difference to the truth|, 0 to {top:.4g} ({share})"
 
     display = find_display(affine)
     plane = _plane(affine)
-    places = [f"Slice {i + 1} of {size}, {_place(affine, panels['reference'].shape, i)}" for i in shown]
     order = [name for name in TITLES if name in panels]
-    extent = np.array(panels["reference"].shape[:2]) * np.linalg.norm(affine[:3, :2], axis=0)
+    extent = np.array(shape[:2]) * np.linalg.norm(affine[:3, :2], axis=0)
     width, height = extent if display.transpose else extent[::-1]
+    spread = ", evenly spaced" if len(picked) < len(numbers) else ""
     content = {
         "slices": [
-            {"index": index, "text": text, "figures": {name: values[n] for name, values in figures.items()}}
-            for n, (index, text) in enumerate(zip(shown, places))
+            {
+                "index": index,
+                "text": f"Slice {index + 1} of {size}, {_place(affine, shape, index)}",
+                "figures": {name: values[n] for name, values in figures.items()},
+            }
+            for n, index in enumerate(shown)
         ],
         "titles": {name: TITLES[name] for name in order},
         "orientation": f"{plane}, patient's {WORDS[OPPOSITE[display.right]]} on the left, {WORDS[display.top]} up",
-        "count": f"all {size} slices" if len(shown) == size else f"{len(shown)} of {size} slices, evenly spaced",
+        "count": f"all {size} slices" if len(shown) == size else f"{len(shown)} of {size} slices{spread}",
         "ratio": f"{width:.6g} / {height:.6g}",
         "panels": {
-            name: [_png(panels[name][..., i].numpy(), windows[name], display, name.endswith("error")) for i in shown]
+            name: [_png(panels[name][..., n].numpy(), windows[name], display, name.endswith("error")) for n in picked]
             for name in order
         },
     }
-    facts = {
+    stated = {
         "Package": f"glmamba_monai {glmamba_monai.__version__}",
         "Libraries": f"MONAI {monai.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        "Weights": digest or "not stated",
-        "Command of this report": command or "called from Python",
         "Date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        **further,
+        **facts,
     }
-    text = _page(content, display, notes, table, facts, sources)
+    text = _page(content, display, notes, sections, stated, sources)
     return write_atomically(output, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def _on_one_grid(loaded: Mapping[str, MetaTensor], slice_axis: str | int) -> dict[str, MetaTensor]:
-    """Everything on the reference's grid with its slices last; the input as the network gets it."""
+def _on_one_grid(
+    loaded: Mapping[str, MetaTensor], sources: Mapping[str, Grid], matrix: np.ndarray, slice_axis: str | int
+) -> dict[str, MetaTensor]:
+    """Everything on the output's grid with its slices last; the input as the network gets it."""
     image, reference = loaded["input"], loaded["reference"]
+    axis_codes = "".join(aff2axcodes(sources["reference"][1]))
+    turned = Orientation(axcodes=axis_codes, labels=None)(image)
     # Of a volume on the reference's matrix nothing can be read off, but there it needs no factor either.
-    scale = 1 if sorted(image.shape) == sorted(reference.shape) else "auto"
+    scale = 1 if turned.shape == reference.shape else "auto"
+    grid = tuple(turned.shape[1:]), turned.affine.numpy(), sources["input"][2]
+    try:
+        match_grids(grid, sources["reference"], scale, slice_axis)
+    except OtherGridError as error:
+        return _on_common_grid(loaded, matrix, slice_axis, error)
+    require_same_grid(sources["output"], sources["reference"])
+    if not np.array_equal(matrix, np.eye(4)):
+        reference = registering.apply(reference, matrix)
     pair = MatchReferenced(["input", "reference"], scale, slice_axis)({"input": image, "reference": reference})
     pair = KSpaceUpsampled("input", "reference")(pair)
     axis = pair[SLICE_AXIS_KEY]
     others = {name: slices_last(loaded[name], axis) for name in ("output", "truth") if name in loaded}
     return {"input": pair["input"], "reference": pair["reference"], **others}
+
+
+def _on_common_grid(
+    loaded: Mapping[str, MetaTensor], matrix: np.ndarray, slice_axis: str | int, otherwise: ValueError
+) -> dict[str, MetaTensor]:
+    """The same, of an output whose reference was resampled (:func:`~glmamba_monai.transforms.grid.plan_common_grid`).
+
+    Raises:
+        ValueError: ``otherwise``, where the output does not have such a grid.
+    """
+    output = loaded["output"]
+    low = Orientation(axcodes="".join(aff2axcodes(output.affine.numpy())), labels=None)(loaded["input"])
+    # Where the output's first voxel lies, and how large its voxels are, in voxels of the low-resolution volume.
+    voxels = np.linalg.inv(low.affine.numpy()) @ output.affine.numpy()
+    steps = np.diag(voxels)[:3]
+    sizes = np.rint(np.array(low.shape[1:]) / steps).astype(int)
+    starts = (voxels[:3, 3] - (steps - 1) / 2) / steps
+    first = np.rint(starts).astype(int)
+    ends = first + np.array(output.shape[1:])
+    off = max(np.abs(voxels[:3, :3] - np.diag(steps)).max() * max(output.shape[1:]), np.abs(starts - first).max())
+    if steps.min() > 0.99 or off > SAME_GRID_TOLERANCE or first.min() < 0 or np.any(ends > sizes):
+        raise otherwise
+    kept = [a for a in range(3) if abs(steps[a] - 1) < 1e-3]
+    axis = kept[0] if slice_axis == "auto" and len(kept) == 1 else find_slice_axis(output.affine.numpy(), slice_axis)
+    if axis not in kept:
+        raise otherwise
+    up = KSpaceUpsample()(slices_last(low, axis), [*np.delete(sizes, axis), sizes[axis]])
+    for place, a in enumerate([*(a for a in range(3) if a != axis), axis]):
+        up = cut(up, place, (first[a], ends[a]))
+    reference = registering.average(loaded["reference"], matrix, output)
+    others = {name: slices_last(loaded[name], axis) for name in ("output", "truth") if name in loaded}
+    return {"input": up, "reference": slices_last(reference, axis), **others}
 
 
 def _windows(panels: Mapping[str, torch.Tensor], low_resolution: torch.Tensor) -> dict[str, tuple[float, float]]:
@@ -201,11 +364,11 @@ def _window(volume: torch.Tensor) -> tuple[float, float]:
     return low, high
 
 
-def _figures(images: torch.Tensor, truth: torch.Tensor, data_range: torch.Tensor) -> list[str]:
+def _figures(images: torch.Tensor, truth: torch.Tensor, data_range: float) -> list[str]:
     """PSNR and SSIM of every slice of ``(X, Y, S)`` in words."""
     if min(truth.shape[:2]) < GAUSSIAN_SIZE:
         return [""] * truth.shape[-1]
-    found = slice_metrics(*(v.permute(2, 0, 1)[:, None] for v in (images, truth)), float(data_range))
+    found = slice_metrics(*(v.permute(2, 0, 1)[:, None] for v in (images, truth)), data_range)
     return [
         f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f}" if math.isfinite(psnr) else "equal to the truth"  # outside the head
         for psnr, ssim in zip(found["psnr"].tolist(), found["ssim"].tolist())
@@ -251,14 +414,15 @@ def _palette() -> bytes:
     return np.stack(channels, axis=1).round().astype(np.uint8).tobytes()
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path) -> str:
+    """Name and SHA-256 of a file of weights."""
     if not path.is_file():
         raise FileNotFoundError(f"weights {path}: there is no such file")
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    return f"{path.name}, SHA-256 {digest.hexdigest()}"
 
 
 def _read_text(path: Path, name: str) -> str:
@@ -270,17 +434,46 @@ def _read_text(path: Path, name: str) -> str:
         raise ValueError(f"{name} {path}: is no text in UTF-8 ({error.reason})") from error
 
 
-def _read_provenance(path: Path) -> dict[str, str]:
+def _read_object(path: Path, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(_read_text(path, "provenance"))
+        found = json.loads(_read_text(path, name))
     except json.JSONDecodeError as error:
-        raise ValueError(f"provenance {path}: is no JSON ({error}); expected an object of facts") from error
+        raise ValueError(f"{name} {path}: is no JSON ({error}); expected an object of facts") from error
     if not isinstance(found, dict):
-        raise ValueError(f"provenance {path}: found a {type(found).__name__}, expected a JSON object of facts")
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+        raise ValueError(f"{name} {path}: found a {type(found).__name__}, expected a JSON object of facts")
+    return found
 
 
-def _metrics_section(path: Path) -> str:
+def _registration_section(path: Path) -> tuple[np.ndarray, str]:
+    """The world matrix of a registration, and its figures and overlay."""
+    facts = _read_object(path, "registration")
+    try:
+        used, move = bool(facts["used"]), f"{facts['move']:.2f} mm (median over the head), {facts['degrees']:.2f}°"
+        gain = f"{facts['before']:.3f} before, {facts['after']:.3f} after"
+        listed = {"Move": f"{move}, {facts['kind']}", "Mutual information": gain, "Used": facts["reason"]}
+        listed["Used"] = f"{'yes' if used else 'no'}: {listed['Used']}"
+        names = [path.parent / facts[name] for name in ("transform", "overlay")] if used else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"registration {path}: found {', '.join(map(str, facts))}; expected the JSON file that a registration has "
+            "left beside its result"
+        ) from error
+    matrix, picture = np.eye(4), ""
+    if names is not None:
+        matrix = registering.read_transform(names[0])
+        if not names[1].is_file():
+            raise FileNotFoundError(f"registration {path}: there is no {names[1].name} beside it")
+        source = base64.b64encode(names[1].read_bytes()).decode("ascii")
+        picture = (
+            f'<img class="overlay" alt="Edges of the reference over the low-resolution volume, before and after the'
+            f' registration" src="data:image/png;base64,{source}"><p class="hint">The low-resolution volume, and in'
+            " red the edges of the reference: above as it lay, below as it was moved.</p>"
+        )
+    text = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in listed.items())
+    return matrix, f'<section id="registration"><h2>Registration</h2>{picture}<dl>{text}</dl></section>'
+
+
+def _metrics_of_file(path: Path) -> str:
     """The table of an evaluation; mean and SD where it holds several subjects."""
     rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(_read_text(path, "metrics"))))
     missing = [name for name in ("subject", "method", *CONVENTIONS) if not rows or rows[0].get(name) is None]
@@ -296,20 +489,25 @@ def _metrics_section(path: Path) -> str:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"metrics {path}, line {line}: {name} is {row[name]!r}, expected a number") from error
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
+    of = subjects[0] if len(subjects) == 1 else f"mean ± SD over {len(subjects)} subjects"
+    return _metrics_section(rows, f"{path.name}, {of}")
+
+
+def _metrics_section(rows: Sequence[Mapping[str, Any]], caption: str) -> str:
+    several = len({row["subject"] for row in rows}) > 1
     head = "".join(f'<th scope="col">{name}</th>' for name in CONVENTIONS)
     body = ""
     for method, summary in summarise(rows).items():
         cells = ""
         for name in CONVENTIONS:
             digits = 2 if name.startswith("psnr") else 4
-            spread = f" ± {summary[name]['sd']:.{digits}f}" if len(subjects) > 1 else ""
+            spread = f" ± {summary[name]['sd']:.{digits}f}" if several else ""
             cells += f"<td>{summary[name]['mean']:.{digits}f}{spread}</td>"
         body += f'<tr><th scope="row">{html.escape(method)}</th>{cells}</tr>'
-    of = subjects[0] if len(subjects) == 1 else f"mean ± SD over {len(subjects)} subjects"
     legend = "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in CONVENTIONS.items())
     return (
         f'<section id="metrics"><h2>Metrics</h2><div class="wide" tabindex="0" role="region" aria-label="Metrics">'
-        f"<table><caption>{html.escape(path.name)}, {html.escape(of)}</caption><thead>"
+        f"<table><caption>{html.escape(caption)}</caption><thead>"
         f'<tr><th scope="col">method</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f"<details><summary>What the columns are</summary><dl>{legend}</dl></details></section>"
     )
@@ -319,7 +517,7 @@ def _page(
     content: Mapping[str, Any],
     display: Display,
     notes: Mapping[str, str],
-    table: str,
+    sections: str,
     facts: Mapping[str, str],
     sources: Mapping[str, Grid],
 ) -> str:
@@ -375,7 +573,7 @@ def _page(
         figures=figures,
         percentiles=f"{DARKEST} and {BRIGHTEST}",
         error=ERROR_NOTE if "truth" in sources else "",
-        metrics=table,
+        sections=sections,
         inputs=inputs,
         facts=listed,
     )
@@ -450,6 +648,7 @@ kbd { padding: 0 .3em; border: 1px solid var(--line); border-radius: .25em; back
 .scale { height: .5rem; margin: .3rem 0 .1rem; border-radius: .25rem;
   background: linear-gradient(to right, INFERNO); }
 .wide { overflow-x: auto; }
+.overlay { max-width: 100%; border-radius: .3rem; }
 table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
 th, td { padding: .35rem 1.1rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right;
@@ -643,12 +842,12 @@ $lower<div class="layer">$upper</div>$letters
 </figcaption></figure>
 <div class="panels">$figures</div>
 </div>
-$metrics
+$sections
 <section id="reading"><h2>How to read it</h2>
 <p class="hint">R and L are the patient's right and left, A and P front and back, S and I head and feet; the patient's
 left is on the right, in sagittal slices the back. Input, output and truth have one window, from percentiles
 $percentiles of the low-resolution volume; the reference has its own; magnitudes are shown. The input is on the
-reference's grid by zero-filling its k-space.$error</p></section>
+output's grid by zero-filling its k-space.$error</p></section>
 <section id="inputs"><h2>Volumes</h2>
 <div class="wide" tabindex="0" role="region" aria-label="Volumes"><table><thead><tr><th scope="col">role</th>
 <th scope="col">file</th><th scope="col">matrix</th><th scope="col">spacing (mm)</th><th scope="col">axes run to</th>

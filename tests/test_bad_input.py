@@ -205,12 +205,15 @@ def test_target_and_reference_on_different_grids(tmp_path, data, make_affine, re
         assert str(path) in message and str(data["sub02"]["t2"]) in message and "register" in message
 
 
-@pytest.mark.parametrize(
-    "given", [{}, {"image": "lr"}, {"reference": "t1"}, {"image": "x", "dataset_dir": "y"}], ids=str
-)
+@pytest.mark.parametrize("given", [{}, {"reference": "t1"}, {"image": "x", "dataset_dir": "y"}], ids=str)
 def test_inference_without_its_input(tmp_path, results, given):
     message = refused("infer", tmp_path, output_dir=results, **given)
     assert "--image LR.nii.gz --reference REFERENCE.nii.gz" in message and "--dataset_dir" in message
+
+
+def test_one_volume_without_a_reference(tmp_path, pair, results):
+    message = refused("infer", tmp_path, output_dir=results, image=pair["image"], network="zero_filling")
+    assert str(pair["image"]) in message and "reference" in message and "4-D" in message
 
 
 # --- grids and factors

@@ -4,6 +4,7 @@ import importlib
 import os
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 import torch
 from torch import nn
@@ -176,3 +177,19 @@ def test_scaling_is_relative_to_the_pixels(monkeypatch, capsys):
         ["batch 1, 50x50", "2.5", "1.00", "1.25", "0.50"],
         ["batch 1, 400x400", *["out of memory"] * 4],
     ]
+
+
+def test_known_moves_are_found_again(tmp_path, capsys, monkeypatch):
+    from glmamba_monai.data.phantom import make_subject
+
+    for name, image in make_subject(3, spacing=4.0).items():
+        if name in ("t1", "t2"):
+            (tmp_path / "sub").mkdir(exist_ok=True)
+            nib.save(image, tmp_path / "sub" / f"{name}.nii.gz")
+    benchmark = importlib.import_module("registration")
+    monkeypatch.setattr(benchmark, "MOVES", ((3, 2),))
+    benchmark.main(str(tmp_path))
+    (table,) = tables(capsys.readouterr().out)
+    assert [row[1] for row in table[1:]] == ["t1", "t2, 2x lower"]
+    for row in table[1:]:
+        assert float(row[2]) < 1 and row[6] == "1 of 1"

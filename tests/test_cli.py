@@ -105,6 +105,16 @@ def test_data_consistency_is_switched_on(tmp_path, files, command, option):
     assert not np.allclose(data(output), without[0].numpy(), rtol=1e-2)
 
 
+def test_the_self_ensemble_prints_both_files(tmp_path, files, command):
+    output = tmp_path / "sr.nii.gz"
+    options = ["--network", "bicubic", "--self-ensemble"]
+    status, out, err = command("super-resolve", files["lr"], files["t1"], output, *options)
+    assert status == 0 and out == f"{output}\n{tmp_path / 'sr_sd.nii.gz'}\n", err
+    mean, sd = super_resolve_in_python(files["lr"], files["t1"], network="bicubic", self_ensemble=True)
+    np.testing.assert_array_equal(data(output), mean[0].numpy())
+    np.testing.assert_array_equal(data(tmp_path / "sr_sd.nii.gz"), sd[0].numpy())
+
+
 @pytest.mark.parametrize(
     ("options", "arguments", "shape"),
     [
@@ -168,6 +178,8 @@ def test_cost_prints_the_published_numbers(command):
         ("super-resolve", "IMAGE REFERENCE OUTPUT"),
         ("simulate", "standard deviation of complex noise"),
         ("demo-data", "must not exist or be empty"),
+        ("pair", "TARGET REFERENCE OUTPUT"),
+        ("label-app", "--weights"),
         ("cost", "--height"),
     ],
 )

@@ -507,7 +507,6 @@ def test_a_low_resolution_data_set_is_no_pair_of_equal_grids(tmp_path, make_subj
     "image, reference, dataset_dir",
     [
         (None, None, None),
-        ("lr.nii.gz", None, None),
         (None, "t1", None),
         (None, None, "data"),
         ("lr.nii.gz", "t1.nii.gz", "data"),
@@ -530,6 +529,10 @@ def test_inference_files_are_checked(tmp_path, make_subject_folder, make_volume)
         inference_items(files["t2"], tmp_path / "missing.nii.gz", None, "t2")
     with pytest.raises(ValueError, match=r"stack\.nii\.gz: expected one 3-D volume"):
         inference_items(stack, files["t1"], None, "t2")
+    with pytest.raises(ValueError, match=r"t2\.nii\.gz: found one volume and no reference, expected two; give the ref"):
+        inference_items(files["t2"], None, None, "t2")
+    with pytest.raises(ValueError, match=r"stack\.nii\.gz: found 4 volumes, the shape \(.*, 4\), expected two: the"):
+        inference_items(stack, None, None, "t2")
     with pytest.raises(FileNotFoundError, match=r"subject sub00 has no target \(t9\); it has t1, t2"):
         inference_items(None, "t1", tmp_path / "data", "t9")
 

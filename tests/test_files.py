@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ from glmamba_monai.files import (
     require_writable,
     write_atomically,
     write_checkpoint,
+    write_csv,
     write_json,
 )
 
@@ -109,6 +111,17 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1} and everything_under(tmp_path) == ["summary.json"]
+
+
+def test_a_table_keeps_the_columns_that_are_asked_for(tmp_path):
+    rows = [{"name": 'odd, "name"', "value": 1 / 3, "other": 1}, {"name": "µ", "slices": 4}]
+    path = write_csv(tmp_path / "new" / "rows.csv", rows, ["name", "slices", "value"])
+    with path.open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert found == [
+        {"name": 'odd, "name"', "slices": "", "value": "0.333333"},
+        {"name": "µ", "slices": "4", "value": ""},
+    ]
 
 
 def test_checkpoints_round_trip(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import cache
 from pathlib import Path
@@ -9,17 +10,19 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose
+from PIL import Image
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from glmamba_monai.data import ContrastVolume
 from glmamba_monai.data.phantom import make_subject
-from glmamba_monai.registration import Registration, apply, register
-from glmamba_monai.transforms import KSpaceLowResolution, RegisterReferenced
+from glmamba_monai.registration import Registration, apply, read_transform, register
+from glmamba_monai.transforms import KSpaceLowResolution, LoadVolumed, MatchReferenced, RegisterReferenced
 from glmamba_monai.transforms.volume import foreground
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
@@ -281,3 +284,94 @@ def test_all_contrasts_of_a_volume_are_registered_to_the_first(files):
     # Outside of the brain both are zero; where it lies on itself, nothing of the one is outside of the other.
     outside = [((images[0] == 0) & (images[1] > 0.1)).float().mean() for images in (apart, together)]
     assert outside[0] > 0.005 and outside[1] < 0.2 * outside[0]
+
+
+# --- deployment: what is looked for, and what is kept
+
+
+def stretched(volume, factor):
+    """The volume stretched by a factor along x about the middle of its head, and the world matrix of that."""
+    centre = head_points(volume).mean(axis=0)
+    matrix = nib.affines.from_matvec(np.diag([factor, 1, 1]), [(1 - factor) * centre[0], 0, 0])
+    return resampled(volume, matrix), matrix
+
+
+def test_an_affine_move_is_taken_where_it_is_better():
+    t1, t2 = phantom()["t1"], phantom()["t2"]
+    points = head_points(t1)
+    moved, truth = stretched(t1, 1.05)
+    found = in_head(moved, t2, affine=True)
+    assert found.kind == "affine" and found.used
+    assert np.median(errors(found.matrix @ truth, np.eye(4), points)) <= 0.5
+    truth = rigid(4, 3, points.mean(axis=0), 2)
+    assert in_head(resampled(t1, truth), t2, affine=True).kind == "rigid"
+
+
+def matched(files, folder, **options):
+    data = LoadVolumed(["image", "reference"])({"subject": "a", "image": files["low"], "reference": files["t1"]})
+    before = set(folder.iterdir())
+    matched = MatchReferenced(["image", "reference"], record=str(folder / "{subject}_reg"), **options)(data)
+    return matched, sorted(path.name for path in set(folder.iterdir()) - before)
+
+
+def test_what_was_found_is_kept(tmp_path, files, caplog):
+    caplog.set_level(logging.WARNING)
+    found, kept = matched(files, tmp_path, register="auto")
+    assert kept == ["a_reg.json", "a_reg.png", "a_reg.tfm"]
+    facts = json.loads((tmp_path / "a_reg.json").read_text())
+    assert facts["used"] and facts["after"] > facts["before"] and facts["move"] == pytest.approx(4, abs=0.7)
+    assert facts["moving"] == "t1.nii.gz" and facts["transform"] == "a_reg.tfm" and facts["overlay"] == "a_reg.png"
+    t1 = phantom()["t1"]
+    points = head_points(t1)
+    matrix = read_transform(tmp_path / "a_reg.tfm")
+    truth = rigid(4, 2, points.mean(axis=0), 7)
+    assert np.median(errors(matrix @ truth, np.eye(4), points)) <= 0.5
+    assert misfit(found["reference"][0].numpy(), t1[0].numpy()) < 0.1
+    with Image.open(tmp_path / "a_reg.png") as picture:
+        assert picture.mode == "RGB" and min(picture.size) > 300
+    assert "registered" in caplog.text and "t1.nii.gz onto " in caplog.text
+
+
+def test_the_transform_is_the_one_that_itk_applies(tmp_path, files):
+    found, _ = matched(files, tmp_path, register=True)
+    moving, fixed = sitk.ReadImage(files["t1"], sitk.sitkFloat32), sitk.ReadImage(files["t2"], sitk.sitkFloat32)
+    moved = sitk.Resample(moving, fixed, sitk.ReadTransform(str(tmp_path / "a_reg.tfm")), sitk.sitkBSpline, 0.0)
+    expected = np.maximum(sitk.GetArrayFromImage(moved).T, 0)
+    np.testing.assert_allclose(found["reference"][0].numpy(), expected, atol=1e-2 * expected.max())
+
+
+def test_a_pair_that_fits_is_left_as_it_is(tmp_path, files, caplog):
+    nib.save(nib.Nifti1Image(phantom()["t1"][0].numpy(), phantom()["t1"].affine.numpy()), files["t1"])
+    caplog.set_level(logging.WARNING)
+    looked, kept = matched(files, tmp_path, register="auto")
+    assert not caplog.records and kept == ["a_reg.json"]
+    assert not json.loads((tmp_path / "a_reg.json").read_text())["used"]
+    matched(files, tmp_path, register=True)
+    assert "not registered" in caplog.text  # who has asked is told
+    unlooked, kept = matched(files, tmp_path, register=False)
+    assert kept == [] and torch.equal(looked["reference"].as_tensor(), unlooked["reference"].as_tensor())
+    with pytest.raises(ValueError, match="register must be one of False, True, affine, auto, got 'rigid'"):
+        matched(files, tmp_path, register="rigid")
+
+
+def test_a_moved_reference_on_another_grid_is_registered_and_resampled(tmp_path, files, make_affine):
+    t1 = phantom()["t1"]
+    points = head_points(t1)
+    shape = (100, 105, 110)
+    affine = centred(make_affine((2.5, 2.5, 2.5), (6, -4, 5), codes="PSR"), shape, points.mean(axis=0))
+    moved = resampled(t1, rigid(5, 3, points.mean(axis=0), 9), affine, shape)
+    nib.save(nib.Nifti1Image(moved[0].numpy(), affine), files["t1"])
+    results = {mode: matched(files, tmp_path, register=mode)[0]["reference"] for mode in ("auto", False)}
+    assert results["auto"].shape == t1.shape
+    np.testing.assert_allclose(results["auto"].affine, t1.affine, atol=1e-4)
+    expected = t1[0].numpy()
+    assert misfit(results["auto"][0].numpy(), expected) < 0.5 * misfit(results[False][0].numpy(), expected)
+
+
+@pytest.mark.parametrize("content, words", [("text", "cannot be read as a transform"), (None, "there is no such file")])
+def test_a_file_that_is_no_transform_is_named(tmp_path, content, words):
+    path = tmp_path / "x.tfm"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"x\.tfm: {words}"):
+        read_transform(path)

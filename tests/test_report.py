@@ -11,13 +11,16 @@ import re
 import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from monai.bundle import ConfigWorkflow
 from PIL import Image
 
-from glmamba_monai import simulate
+from glmamba_monai import simulate, super_resolve
 from glmamba_monai.__main__ import main
 from glmamba_monai.metrics import CONVENTIONS
 from glmamba_monai.report import INFERNO, write_report
@@ -270,6 +273,115 @@ def test_provenance_is_stated_and_escaped(tmp_path, volumes):
     assert str(tmp_path) not in text  # folders are named after patients
 
 
+def write_registration(folder, matrix, used=True):
+    """What a registration leaves beside a result, written by SimpleITK and Pillow alone."""
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+    inverse = flip @ np.linalg.inv(matrix) @ flip
+    sitk.WriteTransform(
+        sitk.AffineTransform(inverse[:3, :3].ravel().tolist(), inverse[:3, 3].tolist()), str(folder / "r.tfm")
+    )
+    Image.new("RGB", (30, 20), (255, 0, 0)).save(folder / "r.png")
+    facts = {"before": 0.5, "after": 0.61, "move": 2.345, "degrees": 1.5, "used": used, "kind": "rigid"}
+    facts |= {"reason": "it <fits>", "transform": "r.tfm" if used else None, "overlay": "r.png" if used else None}
+    (folder / "r.json").write_text(json.dumps(facts))
+    return folder / "r.json"
+
+
+def test_a_registration_is_shown_and_the_reference_moved(tmp_path, volumes):
+    image = nib.load(volumes["reference"])
+    matrix = np.eye(4)
+    matrix[:3, 3] = 2 * image.affine[:3, 0]  # by two voxels
+    moved = np.zeros(image.shape, np.float32)
+    moved[2:] = image.get_fdata()[:-2]
+    nib.save(nib.Nifti1Image(moved, image.affine), tmp_path / "moved.nii.gz")
+    facts = write_registration(tmp_path, matrix)
+    report = write_report(**volumes, output=tmp_path / "report.html", registration=facts)
+    volumes["reference"] = tmp_path / "moved.nii.gz"
+    expected = write_report(**volumes, output=tmp_path / "expected.html")
+    found, wanted = (np.asarray(decode(content(r)["panels"]["reference"][3]), float) for r in (report, expected))
+    np.testing.assert_allclose(found[:, 4:-4], wanted[:, 4:-4], atol=1)
+    text = report.read_text("utf-8")
+    picture = base64.b64encode((tmp_path / "r.png").read_bytes()).decode()
+    assert f'src="data:image/png;base64,{picture}"' in text
+    assert "2.35 mm (median over the head), 1.50°, rigid" in text or "2.34 mm" in text
+    assert "0.500 before, 0.610 after" in text and "yes: it &lt;fits&gt;" in text
+    write_registration(tmp_path, matrix, used=False)
+    left = write_report(**volumes, output=tmp_path / "left.html", registration=facts)
+    assert "no: it &lt;fits&gt;" in left.read_text("utf-8") and 'class="overlay"' not in left.read_text("utf-8")
+    assert content(left)["panels"] == content(expected)["panels"]
+
+
+@pytest.mark.parametrize("codes", ["LPS", "SRA"])
+def test_a_result_with_a_resampled_reference_is_shown(tmp_path, volumes, codes):
+    """A reference without the outer rows and one slice: the panels are those of the whole pair, cut."""
+    image = nib.load(volumes["reference"])
+    smaller = image.slicer[4:-4, 2:-2, 1:]
+    order = nib.orientations.axcodes2ornt(tuple(codes))
+    smaller = smaller.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(smaller.affine), order))
+    nib.save(smaller, tmp_path / "t1.nii.gz")
+    whole = content(write_report(**volumes, output=tmp_path / "whole.html"))
+    volumes["reference"] = tmp_path / "t1.nii.gz"
+    super_resolve(volumes["low_resolution"], tmp_path / "t1.nii.gz", tmp_path / "sr.nii.gz", network="zero_filling")
+    truth = nib.load(volumes["truth"])
+    nib.save(truth.slicer[4:-4, 2:-2, 1:], tmp_path / "truth.nii.gz")
+    volumes["truth"] = tmp_path / "truth.nii.gz"
+    report = write_report(**volumes, output=tmp_path / "report.html")
+    data = content(report)
+    assert len(data["slices"]) == 6 and data["slices"][0]["text"].endswith(whole["slices"][1]["text"][-6:])
+    window = windows(report)
+    for n in range(6):
+        for name in ("input", "truth"):
+            found, expected = (np.asarray(decode(d["panels"][name][k]), float) for d, k in ((data, n), (whole, n + 1)))
+            np.testing.assert_allclose(found, expected[2:-2, 4:-4], atol=1)
+        # The output is zero-filling, and so is the input.
+        np.testing.assert_allclose(decode(data["panels"]["output"][n]), decode(data["panels"]["input"][n]), atol=1)
+        reference = np.asarray(decode(data["panels"]["reference"][n]), float)
+        expected = gray(upright(image.get_filename(), 2, n + 1, "axial")[2:-2, 4:-4], window["reference"])
+        np.testing.assert_allclose(reference, expected, atol=2)
+
+
+def test_an_evaluation_writes_a_report_of_each_subject(tmp_path, make_subject_folder):
+    folder = Path(__file__).parent.parent / "bundle" / "configs"
+    written = make_subject_folder(tmp_path / "data", n=2, shape=(24, 28, 9))
+    for files in written.values():
+        image = nib.load(files["t2"])
+        voxels = image.get_fdata(dtype=np.float32)
+        voxels[..., :2] = 0
+        nib.save(nib.Nifti1Image(voxels, image.affine), files["t2"])
+    workflow = ConfigWorkflow(
+        config_file=[str(folder / "train.json"), str(folder / "evaluate.json")],
+        workflow_type="train",
+        logging_file=False,
+        dataset_dir=str(tmp_path / "data"),
+        output_dir=str(tmp_path / "out"),
+        network="zero_filling",
+        evaluate_on="all",
+        report=True,
+        device="$torch.device('cpu')",
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    assert sorted(p.name for p in (tmp_path / "out" / "reports").iterdir()) == ["sub00.html", "sub01.html"]
+    rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").open()))
+    for subject, files in written.items():
+        report = tmp_path / "out" / "reports" / f"{subject}.html"
+        data, text = content(report), report.read_text("utf-8")
+        assert list(data["panels"]) == PANELS
+        (row,) = [r for r in rows if r["subject"] == subject and r["method"] == "zero_filling"]
+        assert len(data["slices"]) == int(row["slices"]) == 7 and data["slices"][0]["index"] == 2
+        assert f"<td>{float(row['psnr']):.2f}</td>" in text and f"<caption>{subject}</caption>" in text
+        for part in data["slices"]:
+            assert part["text"].startswith(f"Slice {part['index'] + 1} of 9, ")
+        n = len(data["slices"]) // 2
+        truth = upright(files["t2"], 2, data["slices"][n]["index"], "axial")
+        shown = np.asarray(decode(data["panels"]["truth"][n]), float)
+        assert np.corrcoef(truth.ravel(), shown.ravel())[0, 1] > 0.99  # the brightest half per cent is white
+        assert "<dt>Weights</dt><dd>none</dd>" in text and "<dt>network</dt><dd>zero_filling</dd>" in text
+        values = [float(re.match(r"PSNR (\S+) dB", part["figures"]["output"])[1]) for part in data["slices"]]
+        assert np.mean(values) == pytest.approx(float(row["psnr"]), abs=0.006)
+
+
 # --- the command line, and errors
 
 
@@ -308,7 +420,7 @@ def test_command_line(tmp_path, volumes, command):
         ({"max_slices": 0}, ["max_slices: 0 found, at least 1 expected"]),
         ({"super_resolved": "{tmp}/none.nii.gz"}, ["{tmp}/none.nii.gz: there is no such file"]),
         ({"super_resolved": "{low_resolution}"}, ["{low_resolution}", "(13, 15, 7)", "{reference}", "(26, 30, 7)"]),
-        ({"truth": "{moved}"}, ["{moved}", "{reference}", "same matrix but lie up to 5.00 mm apart"]),
+        ({"truth": "{moved}"}, ["{moved}", "{super_resolved}", "same matrix but lie up to 5.00 mm apart"]),
         ({"low_resolution": "{reference}", "reference": "{low_resolution}"}, ["{low_resolution}", "(13, 15, 7)"]),
         ({"slice_axis": "up"}, ["slice_axis must be", "'up'"]),
         ({"weights": "{tmp}/none.pt"}, ["weights {tmp}/none.pt: there is no such file"]),
@@ -319,6 +431,8 @@ def test_command_line(tmp_path, volumes, command):
         ({"metrics": "{empty}"}, ["metrics {empty}: found no row; expected metrics.csv of an evaluation"]),
         ({"provenance": "{words}"}, ["provenance {words}: is no JSON", "expected an object of facts"]),
         ({"provenance": "{array}"}, ["provenance {array}: found a list, expected a JSON object"]),
+        ({"registration": "{none}"}, ["registration {none}: there is no such file"]),
+        ({"registration": "{facts}"}, ["registration {facts}: found before, used; expected the JSON file"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -330,9 +444,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, volumes, 
     (tmp_path / "short").write_text("subject,method,psnr\na,b,3\n")
     (tmp_path / "empty").write_text("")
     (tmp_path / "array").write_text("[1]")
+    (tmp_path / "facts").write_text('{"before": 1, "used": true}')
     write_metrics(tmp_path / "words", [metrics_row("a", "b", "high")])
     names = {"tmp": tmp_path, "moved": tmp_path / "moved.nii.gz", **volumes}
-    names |= {name: tmp_path / name for name in ("short", "empty", "array", "words")}
+    names |= {name: tmp_path / name for name in ("short", "empty", "array", "words", "facts", "none")}
     (tmp_path / "report.html").write_text("old")
     before = sorted(tmp_path.rglob("*"))
     arguments = {"output": tmp_path / "report.html", **volumes}

@@ -23,12 +23,14 @@ from glmamba_monai.data.dataset import (
 )
 from glmamba_monai.data.layouts import LAYOUTS, find_subjects
 from glmamba_monai.data.phantom import demo_data, write_demo_data
+from glmamba_monai.data.segmentation import LabelledSlices, labelled_datalist, labelled_items, segmentation_items
 
 __all__ = [
     "LAYOUTS",
     "BackgroundDataLoader",
     "ContrastPairs",
     "ContrastVolume",
+    "LabelledSlices",
     "RandOrientedCropd",
     "SliceDataset",
     "SliceDraw",
@@ -43,7 +45,10 @@ __all__ = [
     "find_items",
     "find_subjects",
     "inference_items",
+    "labelled_datalist",
+    "labelled_items",
     "prepare_datalist",
+    "segmentation_items",
     "share_of_rank",
     "split_subjects",
     "volume_dataset",

@@ -19,6 +19,7 @@ from glmamba_monai.data.phantom import demo_data
 from glmamba_monai.files import write_json
 from glmamba_monai.formats import file_format, require_readable
 from glmamba_monai.transforms.grid import Grid, require_same_grid, slice_axes
+from glmamba_monai.transforms.pair import open_pair, volume_name
 
 logger = logging.getLogger(__name__)
 
@@ -420,27 +421,32 @@ def inference_items(
     """What to super-resolve: one pair of files, or every subject of a data set whose target is low-resolution.
 
     Args:
-        image: the low-resolution volume, for one pair of files.
+        image: the low-resolution volume, for one pair of files; without ``reference`` a 4-D NIfTI file of both
+            (:func:`~glmamba_monai.transforms.pair.open_pair`).
         reference: the sharp volume of the other contrast; with ``dataset_dir`` the name of that contrast.
         dataset_dir: folder in one of the layouts or a JSON datalist.
         target: with ``dataset_dir``, the contrast to super-resolve.
         layout: see :func:`~glmamba_monai.data.layouts.find_subjects`.
 
     Returns:
-        Items ``{"subject", "image", "reference"}``: name of the output, low-resolution volume, reference volume.
+        Items ``{"subject", "image", "reference"}``: name of the output, low-resolution volume, reference volume, which
+        an ``image`` of both does not have.
 
     Raises:
-        ValueError: neither or both of the two ways are given, or the reference is not.
+        ValueError: neither or both of the two ways are given, or the reference is not given in either.
         FileNotFoundError, ValueError: a file is missing, unreadable or no volume.
     """
-    if reference is None or (image is None) == (dataset_dir is None):
+    if (image is None) == (dataset_dir is None) or (image is None and reference is None):
         raise ValueError(
-            "give either --image LR.nii.gz --reference REFERENCE.nii.gz, or --dataset_dir FOLDER --reference CONTRAST; "
+            "give either --image LR.nii.gz --reference REFERENCE.nii.gz, or --dataset_dir FOLDER --reference CONTRAST, "
+            "or --image PAIR.nii.gz, a 4-D NIfTI file of both; "
             f"got image={image}, reference={reference}, dataset_dir={dataset_dir}"
         )
+    if image is not None and reference is None:
+        open_pair(image)
+        return [{"subject": volume_name(image), "image": str(image)}]
     if image is not None:
-        name = re.sub(r"\.(nii(\.gz)?|nrrd|nhdr|mha|mhd)$", "", Path(image).name)
-        items = [{"subject": name, "image": str(image), "reference": str(reference)}]
+        items = [{"subject": volume_name(image), "image": str(image), "reference": str(reference)}]
     else:
         datalist, _ = find_items(str(dataset_dir), target, str(reference), layout, skip_incomplete=False)
         pairs = [item for section in datalist.values() for item in section]

@@ -1,16 +1,32 @@
 from glmamba_monai.engines.checkpoint import TrainingState, WeightAverage, WeightsLoader, find_weights, load_weights
 from glmamba_monai.engines.distributed import join_process_group
+from glmamba_monai.engines.downstream import (
+    DownstreamResults,
+    MethodVolumes,
+    require_held_out,
+    segmentation_evaluator,
+    segmented_items,
+    trained_network,
+    trained_segmenter,
+)
+from glmamba_monai.engines.ensemble import EnsembleMeand, SelfEnsembleInferer
 from glmamba_monai.engines.evaluation import ResultsWriter, SubjectMetrics, prepare_batch, super_resolved
-from glmamba_monai.engines.plan import TrainingPlan, trainable_parameters, training_plan
+from glmamba_monai.engines.plan import TrainingPlan, segmentation_plan, trainable_parameters, training_plan
 from glmamba_monai.engines.progress import EpochLine, FinalTable, LossCurve, ValidationPictures
+from glmamba_monai.engines.segmentation import SegmentationLine, mask_items, mask_of, prepare_mask_batch
 from glmamba_monai.engines.trainer import GraphInferer, SliceTrainer, stacked_items, super_resolved_items
 
 __all__ = [
+    "DownstreamResults",
+    "EnsembleMeand",
     "EpochLine",
     "FinalTable",
     "GraphInferer",
     "LossCurve",
+    "MethodVolumes",
     "ResultsWriter",
+    "SegmentationLine",
+    "SelfEnsembleInferer",
     "SliceTrainer",
     "SubjectMetrics",
     "TrainingPlan",
@@ -21,10 +37,19 @@ __all__ = [
     "find_weights",
     "join_process_group",
     "load_weights",
+    "mask_items",
+    "mask_of",
     "prepare_batch",
+    "prepare_mask_batch",
+    "require_held_out",
+    "segmentation_evaluator",
+    "segmentation_plan",
+    "segmented_items",
     "stacked_items",
     "super_resolved",
     "super_resolved_items",
     "trainable_parameters",
+    "trained_network",
+    "trained_segmenter",
     "training_plan",
 ]

@@ -202,6 +202,7 @@ class TrainingState:
         resume: continue from the checkpoint that stands in ``folder``, if there is one.
         write: whether this process writes (rank 0).
         average: what to take the weights of ``model.pt`` from, instead of the network; the evaluator's network, then.
+        choose: whether validation chooses the weights of ``model.pt``; else they are those of the last epoch.
     """
 
     def __init__(
@@ -216,9 +217,11 @@ class TrainingState:
         resume: bool = False,
         write: bool = True,
         average: WeightAverage | None = None,
+        choose: bool = True,
     ) -> None:
         self.network = network
         self.average = average
+        self.choose = choose
         self.optimizer = optimizer
         self.schedule = schedule
         self.evaluator = evaluator
@@ -259,7 +262,7 @@ class TrainingState:
             self.history.append({**progress, **state.metrics})
         if not self.write:
             return
-        if improved:
+        if improved or not self.choose:
             shipped = self.network if self.average is None else self.average.network
             write_checkpoint(self.folder / WEIGHTS_FILE, shipped.state_dict())
         write_checkpoint(
@@ -271,6 +274,7 @@ class TrainingState:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule_step": self.schedule.last_epoch,
                 "epoch": engine.state.epoch,
+                "max_epochs": engine.state.max_epochs,
                 "iteration": engine.state.iteration,
                 "best_metric": state.best_metric,
                 "best_metric_epoch": state.best_metric_epoch,

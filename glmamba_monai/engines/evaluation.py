@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,14 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 
-from glmamba_monai.files import write_atomically, write_json
-from glmamba_monai.metrics import CONVENTIONS, slice_metrics
+from glmamba_monai.engines.ensemble import consistent_sd, mean_and_sd
+from glmamba_monai.files import write_csv, write_json
+from glmamba_monai.metrics import CONVENTIONS, SD_METRICS, gradient_magnitude, sd_metrics, slice_metrics
 from glmamba_monai.transforms import KSpaceDataConsistency
 
 Row = dict[str, Any]
 BASELINES = ("zero_filling", "bicubic")
-DATA_CONSISTENT = " + dc"  # appended to the name of a method
+ENSEMBLE, DATA_CONSISTENT = " + ensemble", " + dc"  # appended to the name of a method, in this order
 METRICS_FILE, SUMMARY_FILE = "metrics.csv", "summary.json"
 
 
@@ -51,6 +50,8 @@ class SubjectMetrics(Metric):
     An item of the evaluator's batch needs ``subject``, ``target (1, X, Y, S)``, ``data_range`` and
     ``foreground_level`` of the whole target, and one volume ``(1, X, Y, S)`` for each of :data:`BASELINES`; its output
     needs ``pred`` of the target's shape. A slice in which a metric does not exist does not count in its mean.
+    Where the output has ``ensemble (8, X, Y, S)`` (:class:`~glmamba_monai.engines.SelfEnsembleInferer`), its mean has a
+    row, with the metrics of its standard deviation, too.
     Where the item has ``low_resolution (1, x, y, S)``, what was measured, each method has a second row: its result
     after :class:`~glmamba_monai.transforms.KSpaceDataConsistency`.
 
@@ -76,22 +77,30 @@ class SubjectMetrics(Metric):
         target = _slices(item["target"]).to(result["pred"].device)
         mask = target > float(item["foreground_level"])
         volumes = {method: item[method] for method in BASELINES} | {self.network: result["pred"]}
+        sds = {}
+        if "ensemble" in result:
+            ensemble = self.network + ENSEMBLE
+            volumes[ensemble], sds[ensemble] = mean_and_sd(result["ensemble"])
         if "low_resolution" in item:
             consistent, measured = KSpaceDataConsistency(), item["low_resolution"].to(target.device)
             volumes |= {
                 method + DATA_CONSISTENT: consistent(volume.to(target.device), measured)
                 for method, volume in volumes.items()
             }
+            sds |= {method + DATA_CONSISTENT: consistent_sd(result["ensemble"], measured) for method in sds}
         for method, volume in volumes.items():
-            metrics = slice_metrics(_slices(volume).to(target.device), target, float(item["data_range"]), mask)
-            self.rows.append(
-                {
-                    "subject": str(item["subject"]),
-                    "method": method,
-                    "slices": len(target),
-                    **{name: float(values.nanmean()) for name, values in metrics.items()},
-                }
-            )
+            slices = _slices(volume).to(target.device)
+            metrics = slice_metrics(slices, target, float(item["data_range"]), mask)
+            row = {
+                "subject": str(item["subject"]),
+                "method": method,
+                "slices": len(target),
+                **{name: float(values.nanmean()) for name, values in metrics.items()},
+            }
+            if method in sds:
+                maps = _slices(sds[method]), (slices.abs() - target).abs(), gradient_magnitude(slices)
+                row |= sd_metrics(*(values[mask] for values in maps))
+            self.rows.append(row)
 
     def compute(self) -> float:
         if dist.is_available() and dist.is_initialized():
@@ -105,9 +114,8 @@ class SubjectMetrics(Metric):
     def completed(self, engine: Engine, name: str) -> None:
         super().completed(engine, name)
         for method, summary in summarise(self.rows).items():
-            plain = method.removesuffix(DATA_CONSISTENT)
-            # MLflow takes no plus sign.
-            prefix = ("val" if plain == self.network else plain) + ("_dc" if plain != method else "")
+            plain, *additions = method.split(" + ")  # MLflow takes no plus sign
+            prefix = "_".join(["val" if plain == self.network else plain, *additions])
             engine.state.metrics.update({f"{prefix}_{metric}": summary[metric]["mean"] for metric in ("psnr", "ssim")})
 
 
@@ -116,7 +124,7 @@ def _slices(volume: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(volume).as_subclass(torch.Tensor).permute(3, 0, 1, 2)
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
+def summarise(rows: Sequence[Row], metrics: Iterable[str] = CONVENTIONS) -> dict[str, dict[str, dict[str, float]]]:
     """Mean and standard deviation over subjects: ``{method: {metric: {"mean", "sd", "subjects"}}}``.
 
     The standard deviation is that of the sample (n - 1), and 0 for a single subject. A subject for which a metric does
@@ -125,7 +133,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         summary[method] = {}
-        for metric in CONVENTIONS:
+        for metric in metrics:
             values = torch.tensor([row[metric] for row in rows if row["method"] == method], dtype=torch.float64)
             values = values[~values.isnan()]
             sd = values.std().item() if len(values) > 1 else 0.0
@@ -153,10 +161,31 @@ def format_table(rows: Sequence[Row], title: str) -> str:
     return "\n".join(lines)
 
 
+def with_sd(rows: Sequence[Row]) -> list[Row]:
+    """The rows of ensembles, which have :data:`~glmamba_monai.metrics.SD_METRICS`, too."""
+    return [row for row in rows if SD_METRICS.keys() <= row.keys()]
+
+
+def format_sd_table(rows: Sequence[Row]) -> str:
+    """Mean and SD over subjects of how well the SD of an ensemble tells its error, as a Markdown table."""
+    lines = [
+        "SD of the self-ensemble against the absolute error, over foreground voxels",
+        "",
+        "| method | Spearman | of edges | Pearson | error of the 10 % with the largest SD, over the mean "
+        "| a perfect map | within 2 SD |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for method, summary in summarise(with_sd(rows), SD_METRICS).items():
+        cells = [f"{values['mean']:.2f} ± {values['sd']:.2f}" for values in summary.values()]
+        lines.append(f"| {' | '.join([method, *cells])} |")
+    return "\n".join(lines)
+
+
 def write_results(rows: Sequence[Row], output_dir: str | os.PathLike[str], description: Mapping[str, Any]) -> None:
     """Write ``metrics.csv`` (a row a subject and method) and ``summary.json`` (mean and SD over subjects).
 
-    A value that is no finite number reads ``inf`` or ``nan`` in the CSV and null in the JSON, which knows neither.
+    A value that is no finite number reads ``inf`` or ``nan`` in the CSV and null in the JSON, which knows neither. The
+    columns for the SD of an ensemble are empty in the rows of other methods.
 
     Args:
         rows: of :class:`SubjectMetrics`.
@@ -166,19 +195,19 @@ def write_results(rows: Sequence[Row], output_dir: str | os.PathLike[str], descr
     Raises:
         OSError: the folder cannot be written.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_atomically(Path(output_dir) / METRICS_FILE, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+    ensembles = with_sd(rows)
+    columns = dict.fromkeys(name for row in rows for name in row)  # those of an ensemble stand last
+    write_csv(Path(output_dir) / METRICS_FILE, rows, list(columns))
+    of_sd = summarise(ensembles, SD_METRICS)
     methods = {
         method: {
             metric: {name: value if math.isfinite(value) else None for name, value in values.items()}
-            for metric, values in metrics.items()
+            for metric, values in {**metrics, **of_sd.get(method, {})}.items()
         }
         for method, metrics in summarise(rows).items()
     }
-    write_json(Path(output_dir) / SUMMARY_FILE, {**description, "conventions": CONVENTIONS, "methods": methods})
+    conventions = {**CONVENTIONS, **(SD_METRICS if ensembles else {})}
+    write_json(Path(output_dir) / SUMMARY_FILE, {**description, "conventions": conventions, "methods": methods})
 
 
 class ResultsWriter:
@@ -205,4 +234,6 @@ class ResultsWriter:
         write_results(rows, self.output_dir, self.description)
         subjects = len({row["subject"] for row in rows})
         title = f"Evaluation of {subjects} subject(s), mean ± SD over subjects"
-        print(f"\n{format_table(rows, title)}\n\nwritten to {Path(self.output_dir) / METRICS_FILE}", flush=True)
+        tables = [format_table(rows, title), *([format_sd_table(rows)] if with_sd(rows) else [])]
+        written = f"written to {Path(self.output_dir) / METRICS_FILE}"
+        print("\n" + "\n\n".join([*tables, written]), flush=True)

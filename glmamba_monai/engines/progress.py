@@ -102,22 +102,24 @@ class EpochLine:
         self.images += len(engine.state.batch)
 
     def epoch_completed(self, engine: Workflow) -> None:
-        state, validation = engine.state, self.evaluator.state
+        state = engine.state
         seconds = state.times[Events.EPOCH_COMPLETED.name]  # of the steps alone, without validation
-        parts = [
-            f"epoch {state.epoch}/{state.max_epochs}",
-            f"loss {state.metrics['epoch_loss']:.4f}",
-            f"train PSNR {state.metrics['train_psnr']:.2f} dB",
-        ]
-        if validation.epoch == state.epoch:
-            psnr, zero_filling = validation.metrics["val_psnr"], validation.metrics["zero_filling_psnr"]
-            parts.append(f"validation PSNR {psnr:.2f} dB ({psnr - zero_filling:+.2f} over zero-filling)")
+        parts = [f"epoch {state.epoch}/{state.max_epochs}", f"loss {state.metrics['epoch_loss']:.4f}"]
+        parts += self.quality(engine)
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.epochs_done += 1
         elapsed = time.perf_counter() - self.start
         left = elapsed / self.epochs_done * (state.max_epochs - state.epoch)
         parts += [f"{processes * self.images / seconds:.1f} images/s", f"{format_duration(left)} left"]
         print(", ".join(parts), flush=True)
+
+    def quality(self, engine: Workflow) -> list[str]:
+        """What the line says of the epoch's results, and of the validation's where there was one."""
+        parts, validation = [f"train PSNR {engine.state.metrics['train_psnr']:.2f} dB"], self.evaluator.state
+        if validation.epoch == engine.state.epoch:
+            psnr, zero_filling = validation.metrics["val_psnr"], validation.metrics["zero_filling_psnr"]
+            parts.append(f"validation PSNR {psnr:.2f} dB ({psnr - zero_filling:+.2f} over zero-filling)")
+        return parts
 
 
 def format_duration(seconds: float) -> str:

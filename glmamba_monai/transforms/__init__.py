@@ -9,6 +9,8 @@ from glmamba_monai.transforms.kspace import (
     KSpaceUpsampled,
     RequireKSpaceCropd,
 )
+from glmamba_monai.transforms.pair import GatherPaird, RecordGridd
+from glmamba_monai.transforms.segmentation import LargeComponents, LoadLabeld, ScaleByMedian, ScaleByMediand
 from glmamba_monai.transforms.volume import (
     DataRanged,
     ForegroundLeveld,
@@ -27,12 +29,15 @@ __all__ = [
     "DataRanged",
     "ForegroundLeveld",
     "ForegroundSlicesd",
+    "GatherPaird",
     "KSpaceDataConsistency",
     "KSpaceDataConsistencyd",
     "KSpaceLowResolution",
     "KSpaceLowResolutiond",
     "KSpaceUpsample",
     "KSpaceUpsampled",
+    "LargeComponents",
+    "LoadLabeld",
     "LoadVolume",
     "LoadVolumed",
     "MatchReferenced",
@@ -40,9 +45,12 @@ __all__ = [
     "PairOnGridd",
     "RandLowResolutiond",
     "RandPixelSized",
+    "RecordGridd",
     "RegisterReferenced",
     "RequireKSpaceCropd",
     "RestoreIntensityd",
+    "ScaleByMedian",
+    "ScaleByMediand",
     "ScaleByPercentile",
     "ScaleByPercentiled",
     "SlicesBackd",

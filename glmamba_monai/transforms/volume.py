@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,27 @@ from monai.utils import ensure_tuple
 from nibabel import aff2axcodes
 
 from glmamba_monai.formats import file_format, read_volume
-from glmamba_monai.transforms.grid import find_slice_axis, match_grids, require_same_grid
+from glmamba_monai.transforms.augmentation import FACTORS
+from glmamba_monai.transforms.grid import (
+    OtherGridError,
+    find_slice_axis,
+    match_grids,
+    plan_common_grid,
+    require_same_grid,
+)
 
 logger = logging.getLogger(__name__)
 
 FOREGROUND_LEVEL = 0.05  # of the volume's 99.9th percentile: above the noise of a head scan, below its tissue
 MIN_FOREGROUND = 0.05  # of a slice (docs/data.md, metrics)
 SLICE_AXIS_KEY = "slice_axis"
+KEPT_SLICES_KEY = "kept_slices"  # of the whole volume: which of its slices were selected
+COMMON_KEY = "common_rows"  # what a reference on another grid covers in plane: where the result is cut
+REGISTER = (False, True, "affine", "auto")
+# With "auto": a smaller move is no misalignment that a header check should mend, and a smaller volume no head.
+CLEAR_MOVE = 1.0  # mm
+SMALLEST_HEAD = 50.0  # mm, the shortest side of the field of view
+INTERPOLATED_KEY = "interpolated"  # true of a pair in one file: the target has the reference's matrix
 
 
 def _name(image: torch.Tensor, fallback: str) -> str:
@@ -156,8 +171,50 @@ class PairOnGridd(MapTransform):
         return d
 
 
+def find_move(
+    moving: MetaTensor, fixed: MetaTensor, mode: bool | str, names: tuple[str, str], tell: bool = False
+) -> Any:
+    """Register one volume to another and say in the log what was found, as a warning where the user must know.
+
+    Args:
+        moving: volume ``(1, X, Y, Z)`` to move.
+        fixed: volume ``(1, X', Y', Z')`` that stays.
+        mode: False does not look; True, rigidly; "affine", affinely where that is better still; "auto" looks, and uses
+            a rigid move of 1 mm or more only.
+        names: what to call the two.
+        tell: the user must know in any case.
+
+    Returns:
+        A :class:`~glmamba_monai.registration.Registration`, or None where nothing was looked for.
+
+    Raises:
+        ValueError: ``mode`` is none of these.
+    """
+    from glmamba_monai import registration
+
+    if mode not in REGISTER:
+        raise ValueError(f"register must be one of {', '.join(map(str, REGISTER))}, got {mode!r}")
+    asked = mode != "auto"
+    sides = np.array(fixed.shape[1:]) * np.linalg.norm(fixed.affine[:3, :3].cpu().numpy(), axis=0)
+    if not mode or (not asked and sides.min() < SMALLEST_HEAD):
+        return None
+    found = registration.register(moving, fixed, foreground(moving), foreground(fixed), affine=mode == "affine")
+    if not asked and found.used and found.move < CLEAR_MOVE:
+        reason = f"they lie {found.move:.2f} mm apart, which --register True would mend"
+        found = dataclasses.replace(found, matrix=np.eye(4), used=False, reason=reason)
+    level = logging.WARNING if tell or found.failed or (found.used and not asked) else logging.INFO
+    pair = f"{names[0]} onto {names[1]}"
+    if found.used:
+        moved = f"moved by {found.move:.2f} mm and {found.degrees:.2f} degrees ({found.kind})"
+        gain = f"mutual information {found.after:.3f}, was {found.before:.3f}"
+        logger.log(level, "registered %s: %s, %s", pair, moved, gain)
+    else:
+        logger.log(level, "not registered %s: %s; it stays where it is", pair, found.reason)
+    return found
+
+
 class RegisterReferenced(MapTransform):
-    """Move volumes onto the first one, rigidly, where that shows the two to lie on each other better.
+    """Move volumes onto the first one, where that shows the two to lie on each other better.
 
     See :mod:`glmamba_monai.registration`. A volume keeps its grid; what has been found is logged, as a warning where
     nothing fits.
@@ -172,35 +229,31 @@ class RegisterReferenced(MapTransform):
         d = dict(data)
         first, *others = self.keys
         for other in others:
-            fixed, moving = d[first], d[other]
-            found = registration.register(moving, fixed, foreground(moving), foreground(fixed))
-            pair = f"{_name(moving, str(other))} onto {_name(fixed, str(first))}"
+            found = find_move(d[other], d[first], True, (_name(d[other], str(other)), _name(d[first], str(first))))
             if found.used:
-                d[other] = registration.apply(moving, found.matrix)
-                logger.info(
-                    "registered %s: moved by %.2f mm and %.2f degrees, mutual information %.3f, was %.3f",
-                    pair,
-                    found.move,
-                    found.degrees,
-                    found.after,
-                    found.before,
-                )
-            else:
-                level = logging.WARNING if found.failed else logging.INFO
-                logger.log(level, "not registered %s: %s; it stays where it is", pair, found.reason)
+                d[other] = registration.apply(d[other], found.matrix)
         return d
 
 
 class MatchReferenced(MapTransform):
-    """Deployment pairs: bring a low-resolution stack into the reference's axis order, and both their slices last.
+    """Deployment pairs: bring a low-resolution stack and a reference onto grids that fit, and both their slices last.
+
+    A reference over the same field of view with the same slices keeps its grid, and the stack takes its axis order.
+    Any other is brought onto a grid with the slices of the stack
+    (:func:`~glmamba_monai.transforms.grid.plan_common_grid`), each voxel the mean of the reference over its extent, and
+    a warning says what was done. Then ``common_rows`` holds what it covers in plane, for :class:`SlicesBackd`.
 
     Args:
         keys: the low-resolution volume, then the reference.
         scale: see :func:`~glmamba_monai.transforms.grid.match_grids`.
         slice_axis: see :func:`~glmamba_monai.transforms.grid.match_grids`.
+        register: see :func:`find_move`.
+        record: where to keep what a registration has found, by
+            :func:`~glmamba_monai.registration.write_record`: folder and beginning of the names, in which ``{subject}``
+            is the item's; None to keep nothing.
 
     Raises:
-        ValueError: the two do not fit; see :func:`~glmamba_monai.transforms.grid.match_grids`.
+        ValueError: the two do not fit; see the functions of :mod:`glmamba_monai.transforms.grid`.
     """
 
     def __init__(
@@ -208,35 +261,77 @@ class MatchReferenced(MapTransform):
         keys: KeysCollection,
         scale: str | float | Sequence[float] = "auto",
         slice_axis: str | int = "auto",
+        register: bool | str = False,
+        record: str | None = None,
     ) -> None:
         super().__init__(keys)
         self.scale = scale
         self.slice_axis = slice_axis
+        self.register = register
+        self.record = record
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        from glmamba_monai import registration
+
         d = dict(data)
         image_key, reference_key = self.keys
         image, reference = d[image_key], d[reference_key]
+        name, reference_name = _name(image, str(image_key)), _name(reference, str(reference_key))
         axis_codes = "".join(aff2axcodes(reference.affine.cpu().numpy()))
-        name = _name(image, str(image_key))
-        image = Orientation(axcodes=axis_codes, labels=None)(image)
-        axis = match_grids(
-            (image.shape[1:], image.affine.cpu().numpy(), name),
-            _grid(reference, str(reference_key)),
-            self.scale,
-            self.slice_axis,
-        )
-        d[image_key], d[reference_key] = slices_last(image, axis), slices_last(reference, axis)
+        turned = Orientation(axcodes=axis_codes, labels=None)(image)
+        grid = turned.shape[1:], turned.affine.cpu().numpy(), name
+        scale = 1 if self.scale == "auto" and d.get(INTERPOLATED_KEY) else self.scale
+        try:
+            axis = match_grids(grid, _grid(reference, reference_name), scale, self.slice_axis)
+            image, reference = slices_last(turned, axis), slices_last(reference, axis)
+        except OtherGridError:
+            axis = None
+        found = find_move(reference, image, self.register, (reference_name, name), tell=self.register != "auto")
+        if found is not None and self.record is not None:
+            prefix = self.record.replace("{subject}", str(d.get("subject", "pair")))
+            registration.write_record(prefix, found, reference, image)
+        matrix = np.eye(4) if found is None else found.matrix
+        if axis is None:
+            # Moved in the world before it is sampled, once.
+            moved = reference.shape[1:], matrix @ reference.affine.cpu().numpy(), reference_name
+            plan = plan_common_grid(
+                _grid(image, name), moved, self.scale, self.slice_axis, (min(FACTORS), max(FACTORS))
+            )
+            axis = plan.slice_axis
+            like = MetaTensor(torch.empty(()).expand(1, *plan.shape), affine=torch.from_numpy(plan.affine))
+            reference = slices_last(registration.average(reference, matrix, like), axis)
+            image = cut(slices_last(image, axis), 2, plan.slices)
+            d[COMMON_KEY] = torch.tensor(plan.common)
+            pixel = " x ".join(f"{v:.3g}" for v in np.linalg.norm(plan.affine[:3, :3], axis=0))
+            done = "; ".join([f"it is resampled to voxels of {pixel} mm", *plan.notes])
+            logger.warning("%s does not lie on a grid that fits %s: %s", reference_name, name, done)
+        elif found is not None and found.used:
+            reference = registration.apply(reference, matrix)
+        d[image_key], d[reference_key] = image, reference
         d[SLICE_AXIS_KEY] = axis
         return d
 
 
+def cut(image: MetaTensor, axis: int, ends: Sequence[int]) -> MetaTensor:
+    """``(C, X, Y, Z)`` from one index to before another along a spatial axis; no voxel moves in the world."""
+    first, end = (int(v) for v in ends)
+    result = MetaTensor(image.as_tensor().narrow(axis + 1, first, end - first).contiguous(), meta=image.meta)
+    affine = image.affine.clone()
+    affine[:3, 3] += first * affine[:3, axis]
+    result.affine = affine
+    return result
+
+
 class SlicesBackd(MapTransform):
-    """Put the slice axis of the result back where the reference has it."""
+    """Put the slice axis of the result back where the reference has it, or the stack if :class:`MatchReferenced` has
+    resampled the reference; then the result is cut to what that covers."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
+            if COMMON_KEY in d:
+                for axis in (0, 1):
+                    d[key] = cut(d[key], axis, d[COMMON_KEY].reshape(2, 2)[axis])
             d[key] = slices_back(d[key], int(d[SLICE_AXIS_KEY]))
         return d
 
@@ -290,6 +385,8 @@ def foreground(volume: torch.Tensor) -> torch.Tensor:
 class ForegroundSlicesd(MapTransform):
     """Keep the slices (last axis) in which at least 5 % of the source volume is foreground.
 
+    ``kept_slices (S,)`` of the item says which of the volume's slices these are.
+
     Args:
         keys: volumes ``(C, X, Y, S)`` to cut, all with the same slices.
         source_key: the volume whose foreground decides; usually the target. Of several, each must have enough.
@@ -317,6 +414,7 @@ class ForegroundSlicesd(MapTransform):
             )
         if self.max_slices is not None and len(kept) > self.max_slices:
             kept = kept[torch.linspace(0, len(kept) - 1, self.max_slices).round().long()]
+        d[KEPT_SLICES_KEY] = torch.zeros(len(fraction), dtype=torch.bool).index_fill(0, kept, True)
         for key in self.key_iterator(d):
             d[key] = d[key][..., kept]
         return d

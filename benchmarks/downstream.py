@@ -1,0 +1,42 @@
+"""One table from the dice.csv of several runs of the downstream experiment: folds, networks, factors.
+
+python benchmarks/downstream.py fold0/dice.csv fold1/dice.csv --output_dir OUT
+
+Each subject must be held out in one fold only, or have the same figures wherever it stands.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fire
+
+from glmamba_monai.engines.downstream import (
+    COLUMNS,
+    DICE_FILE,
+    DICE_SUMMARY_FILE,
+    finite,
+    format_dice,
+    merged_rows,
+    summarise_dice,
+)
+from glmamba_monai.files import write_csv, write_json
+
+
+def main(*files: str, output_dir: str | None = None) -> None:
+    """Print the table of all rows, and write dice.csv and dice_summary.json.
+
+    Args:
+        files: each a dice.csv.
+        output_dir: folder to write; none for printing alone.
+    """
+    rows = merged_rows(files)
+    summary = summarise_dice(rows)
+    if output_dir is not None:
+        write_csv(Path(output_dir) / DICE_FILE, rows, COLUMNS)
+        write_json(Path(output_dir) / DICE_SUMMARY_FILE, {"files": list(files), "scales": finite(summary)})
+    print(format_dice(summary))
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
