@@ -264,7 +264,9 @@ class TrainingState:
             return
         if improved or not self.choose:
             shipped = self.network if self.average is None else self.average.network
-            write_checkpoint(self.folder / WEIGHTS_FILE, shipped.state_dict())
+            # On the CPU: torch.load puts tensors back where they were, and others may have no GPU.
+            weights = {name: tensor.cpu() for name, tensor in shipped.state_dict().items()}
+            write_checkpoint(self.folder / WEIGHTS_FILE, weights)
         write_checkpoint(
             self.folder / CHECKPOINT_FILE,
             {

@@ -1,0 +1,65 @@
+"""The weights in the bundle: they load anywhere, are the documented ones, and do what they are for."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from glmamba_monai.data import demo_data
+from glmamba_monai.engines import load_weights
+from glmamba_monai.networks import build_network
+from glmamba_monai.transforms import KSpaceLowResolution, KSpaceUpsample, ScaleByPercentile
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "bundle" / "models" / "model.pt"
+
+
+@pytest.fixture(scope="module")
+def network():
+    network = build_network("glmamba").eval()
+    load_weights(network, WEIGHTS, "glmamba")
+    return network
+
+
+def test_they_load_without_a_gpu_and_without_running_code():
+    weights = torch.load(WEIGHTS, weights_only=True)  # no map_location: tensors go back to where they were saved
+    assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert WEIGHTS.stat().st_size < 25e6
+    assert [p.name for p in WEIGHTS.parent.glob("*.pt")] == ["model.pt"]  # MONAI Label takes the shortest name
+
+
+@pytest.mark.parametrize("page", ["bundle/docs/README.md", "docs/results.md"])
+def test_the_documented_checksum_is_theirs(page):
+    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() in (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("reference", ["right", "of another head", "none"])
+def test_they_super_resolve_and_a_wrong_reference_does_no_harm(network, scale, reference):
+    folder = Path(demo_data())
+    heads = [
+        {name: ScaleByPercentile()(plain_slice(folder / subject / f"{name}.nii.gz")) for name in ("t1", "t2")}
+        for subject in ("subject-005", "subject-004")
+    ]
+    target = heads[0]["t2"]
+    guide = {"right": heads[0]["t1"], "of another head": heads[1]["t1"], "none": torch.zeros_like(target)}[reference]
+    upsampled = KSpaceUpsample("zero_fill")(KSpaceLowResolution(scale)(target), target.shape[1:])
+    with torch.inference_mode():
+        result = network(torch.cat((upsampled, guide))[None])[0, :1]
+
+    def error(image):
+        return (image - target).square().mean().item()
+
+    assert error(result) < error(upsampled) * (0.7 if reference == "right" else 1.0)
+
+
+def plain_slice(path):
+    """The middle axial slice ``(1, X, Y)``."""
+    volume = torch.from_numpy(nib.as_closest_canonical(nib.load(path)).get_fdata(dtype=np.float32))
+    return volume[None, :, :, volume.shape[-1] // 2]
