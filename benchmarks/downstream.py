@@ -15,12 +15,11 @@ from glmamba_monai.engines.downstream import (
     COLUMNS,
     DICE_FILE,
     DICE_SUMMARY_FILE,
-    finite,
     format_dice,
     merged_rows,
     summarise_dice,
 )
-from glmamba_monai.files import write_csv, write_json
+from glmamba_monai.files import finite, write_csv, write_json
 
 
 def main(*files: str, output_dir: str | None = None) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -62,6 +63,15 @@ def write_json(path: str | os.PathLike[str], content: Any) -> Path:
     """Write ``content`` as indented JSON."""
     text = json.dumps(content, indent=2) + "\n"
     return write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def finite(content: Any) -> Any:
+    """The same, with None in place of numbers that JSON does not know."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_csv(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Path:

@@ -209,7 +209,7 @@ def use_trained_weights(bundle_root: PathLike, overrides: Mapping[str, Any]) -> 
     current, trained = root / "models" / WEIGHTS_FILE, root / "results" / WEIGHTS_FILE
     before, after = (_held_out_psnr(root, file, overrides) for file in (current, trained))
     figures = f"PSNR {after:.2f} dB on the held-out images, {before:.2f} dB with the weights in use"
-    if after <= before:
+    if not after > before:  # NaN is no better
         return f"the trained weights are no better ({figures}): the server goes on with those it has; {trained}"
     previous = current.with_name(f"previous-{WEIGHTS_FILE}")
     for source, to in ((current, previous), (trained, current)):

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 import monai
 import numpy as np
@@ -38,8 +38,10 @@ from glmamba_monai.transforms import KSpaceUpsample, KSpaceUpsampled, LoadVolume
 from glmamba_monai.transforms.grid import (
     PLANES,
     SAME_GRID_TOLERANCE,
+    Display,
     Grid,
     OtherGridError,
+    find_display,
     find_slice_axis,
     match_grids,
     require_same_grid,
@@ -60,34 +62,6 @@ TITLES = {
     "input_error": "Error of the input",
     "output_error": "Error of the output",
 }
-
-
-class Display(NamedTuple):
-    """How slices ``(X, Y)`` become rows and columns: see :func:`find_display`."""
-
-    transpose: bool
-    flip_rows: bool
-    flip_columns: bool
-    right: str
-    top: str
-
-
-def find_display(affine: np.ndarray) -> Display:
-    """Radiological convention: the front or the head up, the patient's left or back on the right of the screen.
-
-    Args:
-        affine: 4x4 voxel-to-world matrix of a volume whose slices are last.
-    """
-    pairs = ("LR", "AP", "IS")
-    codes = aff2axcodes(affine)[:2]
-    across, up = sorted(codes, key=lambda code: next(i for i, pair in enumerate(pairs) if code in pair))
-    return Display(
-        transpose=across == codes[0],
-        flip_rows=up in "AS",
-        flip_columns=across in "RA",
-        right="L" if across in "LR" else "P",
-        top="A" if up in "AP" else "S",
-    )
 
 
 def write_report(
@@ -394,10 +368,9 @@ def _tilt(affine: np.ndarray) -> float:
 
 def _png(image: np.ndarray, window: tuple[float, float], display: Display, coloured: bool) -> str:
     """A slice ``(X, Y)`` as an 8-bit PNG, in base64."""
-    rows = image.T if display.transpose else image
-    rows = rows[:: -1 if display.flip_rows else 1, :: -1 if display.flip_columns else 1]
     low, high = window
-    values = (np.clip((rows.astype(np.float64) - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+    shares = (display.rows(image).astype(np.float64) - low) / (high - low)
+    values = (np.clip(shares, 0, 1) * 255).round().astype(np.uint8)
     picture = Image.fromarray(np.ascontiguousarray(values))
     if coloured:
         picture.putpalette(_palette())

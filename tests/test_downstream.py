@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from monai.bundle import ConfigWorkflow
 from monai.engines import SupervisedEvaluator
+from monai.metrics import DiceMetric
 from PIL import Image
 from scipy import stats
 from scipy.ndimage import binary_erosion, distance_transform_edt
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from glmamba_monai.data import LabelledSlices, SliceDraw, labelled_items
-from glmamba_monai.engines import MethodVolumes, SelfEnsembleInferer, mask_of, prepare_mask_batch
+from glmamba_monai.data import LabelledSlices, SliceDraw, labelled_items, split_folder
+from glmamba_monai.engines import MethodVolumes, SelfEnsembleInferer, SliceDice, mask_of, prepare_mask_batch
 from glmamba_monai.engines.downstream import (
     TRUTH_COLOUR,
     format_dice,
@@ -25,6 +27,7 @@ from glmamba_monai.engines.downstream import (
     merged_rows,
     read_rows,
     require_held_out,
+    segmentation_evaluator,
     summarise_dice,
     trained_network,
 )
@@ -219,6 +222,29 @@ def test_merged_folds(tmp_path, chain):
         read_rows(other)
 
 
+class Reads(TorchDispatchMode):
+    """Refuses what makes a GPU wait: to read a value, or to count what is kept."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "masked_select")), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_dice_of_the_training_waits_for_no_gpu():
+    """It is MONAI's Dice, which waits."""
+    predicted, true = (torch.rand(2, 6, 1, 8, 9) > 0.5).float()
+    true[2], predicted[3], true[4], predicted[4] = 0, 0, 0, 0
+    metric, expected = SliceDice(), DiceMetric(reduction="mean")
+    with Reads():
+        metric(predicted, true)
+        metric(predicted[:2], true[:2])
+    for items in (predicted, true), (predicted[:2], true[:2]):
+        expected(*items)
+    torch.testing.assert_close(metric.aggregate(), expected.aggregate())
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Reads():
+        expected(predicted, true)
+
+
 # --- Transforms, data, network ---
 
 
@@ -298,6 +324,26 @@ def test_subjects_of_the_training_are_refused(tmp_path):
     require_held_out([{"subject": "a"}], [str(tmp_path / "model.pt"), None])
     with pytest.raises(ValueError, match=r"b: .*model\.pt was trained on"):
         require_held_out([{"subject": "a"}, {"subject": "b"}], [str(tmp_path / "model.pt")])
+    write_json(tmp_path / "datalist.json", {"training": [{"subject": "BraTS-GLI-00012-000"}], "validation": []})
+    with pytest.raises(ValueError, match=r"00012-001: .*model\.pt was trained on their patients"):
+        require_held_out([{"subject": "BraTS-GLI-00012-001"}], [str(tmp_path / "model.pt")])
+
+
+def test_weights_of_another_segmenter_are_refused(tmp_path):
+    write_checkpoint(tmp_path / "model.pt", SliceSwinUNETR(12).state_dict())
+    volumes, arguments = MethodVolumes("bicubic"), {"feature_size": 24, "device": PAIR["device"]}
+    with pytest.raises(ValueError, match=r"another feature_size than 24\? Then name it in --segmentation_options"):
+        segmentation_evaluator(str(tmp_path / "model.pt"), volumes, str(BUNDLE), arguments)
+
+
+def test_the_split_of_the_other_training_is_found(tmp_path):
+    """A segmenter that is trained for a network's results holds out whom that network has held out."""
+    own, other = tmp_path / "segmentation", tmp_path
+    assert split_folder([own, other]) == own
+    write_json(other / "datalist.json", {})
+    assert split_folder([own, other]) == other
+    write_json(own / "datalist.json", {})
+    assert split_folder([own, other]) == own
 
 
 def test_weights_that_are_there_are_used(tmp_path):

@@ -310,6 +310,14 @@ def test_training_in_the_app(tmp_path, make_subject_folder, app_bundle):
     assert (app_bundle / "models" / "previous-model.pt").read_bytes() == former
 
 
+def test_weights_without_a_figure_take_no_place(tmp_path, monkeypatch):
+    """A PSNR that is no number is not a better one."""
+    monkeypatch.setattr(
+        label_app, "_held_out_psnr", lambda root, file, _: float("nan") if "results" in str(file) else 30.0
+    )
+    assert "no better" in label_app.use_trained_weights(tmp_path, {})
+
+
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [

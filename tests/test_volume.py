@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 from monai.data import DataLoader, MetaTensor, decollate_batch
 from monai.transforms import Compose
 
-from glmamba_monai.files import AtomicNibabelWriter
+from glmamba_monai.files import AtomicNibabelWriter, SaveVolumed
 from glmamba_monai.transforms import (
     DataRanged,
     ForegroundSlicesd,
@@ -407,6 +407,10 @@ def test_results_are_saved_under_the_name_of_the_subject(tmp_path):
     pred = MetaTensor(torch.rand(1, 4, 5, 6), meta={"filename_or_obj": "/data/sub.01/t2.nii.gz"})
     named = NameOutputd("pred", "subject")({"pred": pred, "subject": "sub.01"})["pred"]
     assert named.meta["filename_or_obj"] == "sub.01.nii.gz"
+    save = SaveVolumed("pred", output_dir=tmp_path, output_postfix="sr", separate_folder=False)
+    for subject in ("site1/01", "site2/01"):
+        save(NameOutputd("pred", "subject")({"pred": pred, "subject": subject}))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["site1_01_sr.nii.gz", "site2_01_sr.nii.gz"]
 
 
 def test_a_single_slice_goes_all_the_way(tmp_path, make_subject_folder):

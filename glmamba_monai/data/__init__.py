@@ -7,6 +7,7 @@ from glmamba_monai.data.datalist import (
     find_items,
     inference_items,
     prepare_datalist,
+    split_folder,
     split_subjects,
     write_datalist,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "prepare_datalist",
     "segmentation_items",
     "share_of_rank",
+    "split_folder",
     "split_subjects",
     "volume_dataset",
     "write_datalist",

@@ -294,6 +294,11 @@ def _recorded_split(file: Path, made_with: dict[str, Any], present: set[str]) ->
     return names[0], names[1]
 
 
+def split_folder(folders: Sequence[str | os.PathLike[str]]) -> Path:
+    """The first of the folders in which a split stands, for :func:`prepare_datalist` to keep; else the first one."""
+    return next((Path(f) for f in folders if (Path(f) / DATALIST_FILE).is_file()), Path(folders[0]))
+
+
 def write_datalist(datalist: Datalist, output_dir: str | os.PathLike[str]) -> None:
     """Write the split of :func:`prepare_datalist` into the folder of the results.
 

@@ -13,7 +13,7 @@ from glmamba_monai.engines.ensemble import EnsembleMeand, SelfEnsembleInferer
 from glmamba_monai.engines.evaluation import ResultsWriter, SubjectMetrics, prepare_batch, super_resolved
 from glmamba_monai.engines.plan import TrainingPlan, segmentation_plan, trainable_parameters, training_plan
 from glmamba_monai.engines.progress import EpochLine, FinalTable, LossCurve, ValidationPictures
-from glmamba_monai.engines.segmentation import SegmentationLine, mask_items, mask_of, prepare_mask_batch
+from glmamba_monai.engines.segmentation import SegmentationLine, SliceDice, mask_items, mask_of, prepare_mask_batch
 from glmamba_monai.engines.trainer import GraphInferer, SliceTrainer, stacked_items, super_resolved_items
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "ResultsWriter",
     "SegmentationLine",
     "SelfEnsembleInferer",
+    "SliceDice",
     "SliceTrainer",
     "SubjectMetrics",
     "TrainingPlan",

@@ -27,13 +27,14 @@ from PIL import Image, ImageDraw
 from scipy import ndimage, stats
 from torch import Tensor
 
-from glmamba_monai.data.datalist import DATALIST_FILE, Item, evaluation_items
+from glmamba_monai.data.datalist import DATALIST_FILE, Item, evaluation_items, patient_of
 from glmamba_monai.data.segmentation import labelled_items
 from glmamba_monai.engines.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, load_weights, read_checkpoint
 from glmamba_monai.engines.evaluation import BASELINES, Row
-from glmamba_monai.files import write_atomically, write_csv, write_json
+from glmamba_monai.files import finite, write_atomically, write_csv, write_json
 from glmamba_monai.networks import build_network
 from glmamba_monai.transforms import ScaleByMedian
+from glmamba_monai.transforms.grid import find_display
 
 logger = logging.getLogger(__name__)
 
@@ -154,20 +155,20 @@ def _train(bundle_root: str, configs: Sequence[str], arguments: Mapping[str, Any
 
 
 def require_held_out(items: Sequence[Item], weights: Sequence[str | None]) -> None:
-    """Make sure that no subject was trained on, as far as the splits beside files of weights say.
+    """Make sure that no patient was trained on, as far as the splits beside files of weights say.
 
     Raises:
         ValueError: one was.
     """
-    subjects = {item["subject"] for item in items}
     for path in filter(None, weights):
         file = Path(path).parent / DATALIST_FILE
         if file.is_file():
-            trained_on = {item["subject"] for item in json.loads(file.read_text(encoding="utf-8"))["training"]}
-            if found := sorted(subjects & trained_on):
+            training = json.loads(file.read_text(encoding="utf-8"))["training"]
+            trained_on = {patient_of(item["subject"]) for item in training}
+            if found := sorted(item["subject"] for item in items if patient_of(item["subject"]) in trained_on):
                 raise ValueError(
-                    f"{', '.join(found)}: {path} was trained on (see {file}); segment subjects that neither training "
-                    "has seen, or train with the same --validation"
+                    f"{', '.join(found)}: {path} was trained on their patients (see {file}); segment patients whom "
+                    "neither training has seen, or train with the same --validation"
                 )
 
 
@@ -230,12 +231,22 @@ def segmentation_evaluator(
         volumes: what it is to run on.
         bundle_root: folder of the bundle.
         arguments: those of the segmenter's training.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights are missing or do not fit.
     """
     parser = ConfigParser()
     parser.read_config([Path(bundle_root) / "configs" / f"{name}.json" for name in ("train", "segmentation_train")])
     own = {"validate#dataloader": volumes, "validate#handlers": [], "validate#key_metric": None}
     parser.update({**arguments, **own, "validate#evaluator#network": "@net"})
-    load_weights(parser.get_parsed_content("net"), weights, parser.get_parsed_content("network"))
+    try:
+        load_weights(parser.get_parsed_content("net"), weights, parser.get_parsed_content("network"))
+    except ValueError as error:
+        found = parser.get_parsed_content("feature_size")
+        raise ValueError(
+            f"{error}; was the segmenter trained with another feature_size than {found}? Then name it in "
+            "--segmentation_options"
+        ) from error
     logger.info("segmenter loaded from %s", weights)
     return parser.get_parsed_content("validate#evaluator")
 
@@ -422,15 +433,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return figures["mean"] - half, figures["mean"] + half
 
 
-def finite(content: Any) -> Any:
-    """The same, with None in place of numbers that JSON does not know."""
-    if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
 def format_dice(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """A Markdown table for each factor."""
     tables = []
@@ -473,15 +475,11 @@ def draw(volumes: MethodVolumes, masks: Mapping[str, Tensor], dice: Mapping[str,
         masks: what was segmented in each, ``(1, X, Y, S)``.
         dice: of each.
     """
-    from glmamba_monai.report import find_display
-
     display = find_display(volumes.affine)
     index = int(volumes.mask.sum(dim=(0, 1, 2)).argmax())
 
     def rows(volume: Tensor) -> np.ndarray:
-        image = _plain(volume)[0, ..., index].numpy()
-        image = image.T if display.transpose else image
-        return image[:: -1 if display.flip_rows else 1, :: -1 if display.flip_columns else 1]
+        return display.rows(_plain(volume)[0, ..., index].numpy())
 
     original = rows(volumes.volumes[ORIGINAL])
     white = float(np.percentile(original[original > 0], 99.8)) if (original > 0).any() else 1.0

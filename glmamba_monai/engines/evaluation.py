@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 
 from glmamba_monai.engines.ensemble import consistent_sd, mean_and_sd
-from glmamba_monai.files import write_csv, write_json
+from glmamba_monai.files import finite, write_csv, write_json
 from glmamba_monai.metrics import CONVENTIONS, SD_METRICS, gradient_magnitude, sd_metrics, slice_metrics
 from glmamba_monai.transforms import KSpaceDataConsistency
 
@@ -199,13 +198,7 @@ def write_results(rows: Sequence[Row], output_dir: str | os.PathLike[str], descr
     columns = dict.fromkeys(name for row in rows for name in row)  # those of an ensemble stand last
     write_csv(Path(output_dir) / METRICS_FILE, rows, list(columns))
     of_sd = summarise(ensembles, SD_METRICS)
-    methods = {
-        method: {
-            metric: {name: value if math.isfinite(value) else None for name, value in values.items()}
-            for metric, values in {**metrics, **of_sd.get(method, {})}.items()
-        }
-        for method, metrics in summarise(rows).items()
-    }
+    methods = finite({method: {**found, **of_sd.get(method, {})} for method, found in summarise(rows).items()})
     conventions = {**CONVENTIONS, **(SD_METRICS if ensembles else {})}
     write_json(Path(output_dir) / SUMMARY_FILE, {**description, "conventions": conventions, "methods": methods})
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine
+from monai.metrics.regression import RegressionMetric
 from torch import Tensor
 
 from glmamba_monai.engines.progress import EpochLine
@@ -31,6 +32,19 @@ def mask_of(logits: Tensor) -> Tensor:
 def mask_items(data: Mapping[str, Any]) -> dict[str, Any]:
     """The training's postprocessing: :func:`mask_of` of ``pred``."""
     return {**data, "pred": mask_of(data["pred"])}
+
+
+class SliceDice(RegressionMetric):
+    """Mean Dice of the slices that have a label, for the training.
+
+    MONAI's ``DiceMetric`` waits for the GPU twice a slice, which :class:`~glmamba_monai.engines.SliceTrainer` never
+    does.
+    """
+
+    def _compute_metric(self, y_pred: Tensor, y: Tensor) -> Tensor:
+        """``(B, 1)`` of two masks ``(B, 1, H, W)``; NaN, which does not count in the mean, of a slice without label."""
+        overlap, predicted, true = (mask.flatten(2).sum(2) for mask in (y_pred * y, y_pred, y))
+        return torch.where(true > 0, 2 * overlap / (predicted + true), torch.nan)
 
 
 class SegmentationLine(EpochLine):

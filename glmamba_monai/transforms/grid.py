@@ -1,4 +1,4 @@
-"""Where voxels lie: which grids agree, which axis is the slice axis, what the factor between two grids is.
+"""Where voxels lie: which grids agree, the slice axis, the factor between two grids, how slices are shown.
 
 A grid is ``(shape, affine, name)``: spatial shape, 4x4 voxel-to-world matrix in mm, and what to call it in errors.
 """
@@ -312,3 +312,36 @@ def _well_covered(covered: np.ndarray, axis: int) -> tuple[int, int]:
 
 def _box(corners: np.ndarray) -> str:
     return " x ".join(f"[{a:.0f}, {b:.0f}]" for a, b in zip(corners.min(0), corners.max(0)))
+
+
+class Display(NamedTuple):
+    """How slices ``(X, Y)`` become rows and columns: see :func:`find_display`."""
+
+    transpose: bool
+    flip_rows: bool
+    flip_columns: bool
+    right: str
+    top: str
+
+    def rows(self, image: np.ndarray) -> np.ndarray:
+        """Rows and columns of a slice ``(X, Y)``."""
+        rows = image.T if self.transpose else image
+        return rows[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+
+
+def find_display(affine: np.ndarray) -> Display:
+    """Radiological convention: the front or the head up, the patient's left or back on the right of the screen.
+
+    Args:
+        affine: 4x4 voxel-to-world matrix of a volume whose slices are last.
+    """
+    pairs = ("LR", "AP", "IS")
+    codes = nib.aff2axcodes(affine)[:2]
+    across, up = sorted(codes, key=lambda code: next(i for i, pair in enumerate(pairs) if code in pair))
+    return Display(
+        transpose=across == codes[0],
+        flip_rows=up in "AS",
+        flip_columns=across in "RA",
+        right="L" if across in "LR" else "P",
+        top="A" if up in "AP" else "S",
+    )

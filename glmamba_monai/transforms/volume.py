@@ -50,6 +50,11 @@ def _grid(image: MetaTensor, fallback: str) -> tuple[Sequence[int], np.ndarray, 
     return image.shape[1:], image.affine.cpu().numpy(), _name(image, fallback)
 
 
+def _file_stem(subject: Any) -> str:
+    """The beginning of file names for a subject: of a datalist's site1/01 and site2/01, SaveImage would take 01."""
+    return str(subject).replace("/", "_")
+
+
 def require_volume(image: torch.Tensor, name: str) -> None:
     """Make sure that ``(1, X, Y, Z)`` holds a usable volume.
 
@@ -288,7 +293,7 @@ class MatchReferenced(MapTransform):
             axis = None
         found = find_move(reference, image, self.register, (reference_name, name), tell=self.register != "auto")
         if found is not None and self.record is not None:
-            prefix = self.record.replace("{subject}", str(d.get("subject", "pair")))
+            prefix = self.record.replace("{subject}", _file_stem(d.get("subject", "pair")))
             registration.write_record(prefix, found, reference, image)
         matrix = np.eye(4) if found is None else found.matrix
         if axis is None:
@@ -435,5 +440,5 @@ class NameOutputd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key].meta["filename_or_obj"] = f"{d[self.name_key]}.nii.gz"
+            d[key].meta["filename_or_obj"] = f"{_file_stem(d[self.name_key])}.nii.gz"
         return d
