@@ -355,6 +355,8 @@ def write_record(prefix: PathLike, found: Registration, moving: MetaTensor, fixe
 def read_transform(path: PathLike) -> np.ndarray:
     """The world matrix ``(4, 4)``, RAS in mm, of a linear transform in a file of ITK, such as ``PREFIX.tfm``.
 
+    It is the inverse of what the file holds: where the reference's points belong, as :class:`Registration` has it.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds no linear transform.
