@@ -301,6 +301,7 @@ def batches(volumes, num_workers, crop_size, draws=24, batch_size=4):
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
+        persistent_workers=num_workers > 0,
         collate_fn=collate_slices,
     )
     result = list(loader)
