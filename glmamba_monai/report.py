@@ -46,7 +46,7 @@ from glmamba_monai.transforms.grid import (
     match_grids,
     require_same_grid,
 )
-from glmamba_monai.transforms.volume import KEPT_SLICES_KEY, SLICE_AXIS_KEY, cut, slices_last
+from glmamba_monai.transforms.volume import KEPT_SLICES_KEY, SLICE_AXIS_KEY, cut, record_prefix, slices_last
 
 PathLike = str | os.PathLike[str]
 
@@ -139,15 +139,23 @@ class EvaluationReports:
         metrics: the evaluator's metric.
         folder: where to write.
         description: what is evaluated; ``weights`` in it is the file that is used, or None.
+        registrations: where the evaluation's :class:`~glmamba_monai.transforms.RegisterReferenced` keeps its records,
+            which are shown; None where nothing is registered.
         max_slices: of a report.
     """
 
     def __init__(
-        self, metrics: SubjectMetrics, folder: PathLike, description: Mapping[str, Any], max_slices: int = 40
+        self,
+        metrics: SubjectMetrics,
+        folder: PathLike,
+        description: Mapping[str, Any],
+        registrations: str | None = None,
+        max_slices: int = 40,
     ) -> None:
         self.metrics = metrics
         self.folder = Path(folder)
         self.description = dict(description)
+        self.registrations = registrations
         self.max_slices = max_slices
 
     def attach(self, engine: Engine) -> None:
@@ -175,7 +183,10 @@ class EvaluationReports:
         }
         name = re.sub(r"[^\w.+-]+", "_", subject)
         measured, numbers = item["low_resolution"].cpu(), torch.nonzero(kept).flatten().tolist()
-        arguments = (measured, sources, _metrics_section(rows, subject), facts, self.max_slices)
+        sections = _metrics_section(rows, subject)
+        if self.registrations is not None:
+            sections = _registration_section(Path(record_prefix(self.registrations, item) + ".json"))[1] + sections
+        arguments = (measured, sources, sections, facts, self.max_slices)
         range_ = float(item["data_range"])
         _write(self.folder / f"{name}.html", volumes, affine, numbers, len(kept), *arguments, data_range=range_)
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from glmamba_monai import simulate, super_resolve
 from glmamba_monai.__main__ import main
+from glmamba_monai.data.phantom import make_subject
 from glmamba_monai.metrics import CONVENTIONS
 from glmamba_monai.report import INFERNO, write_report
 
@@ -341,27 +342,13 @@ def test_a_result_with_a_resampled_reference_is_shown(tmp_path, volumes, codes):
 
 
 def test_an_evaluation_writes_a_report_of_each_subject(tmp_path, make_subject_folder):
-    folder = Path(__file__).parent.parent / "bundle" / "configs"
     written = make_subject_folder(tmp_path / "data", n=2, shape=(24, 28, 9))
     for files in written.values():
         image = nib.load(files["t2"])
         voxels = image.get_fdata(dtype=np.float32)
         voxels[..., :2] = 0
         nib.save(nib.Nifti1Image(voxels, image.affine), files["t2"])
-    workflow = ConfigWorkflow(
-        config_file=[str(folder / "train.json"), str(folder / "evaluate.json")],
-        workflow_type="train",
-        logging_file=False,
-        dataset_dir=str(tmp_path / "data"),
-        output_dir=str(tmp_path / "out"),
-        network="zero_filling",
-        evaluate_on="all",
-        report=True,
-        device="$torch.device('cpu')",
-    )
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
+    evaluate(tmp_path / "data", tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out" / "reports").iterdir()) == ["sub00.html", "sub01.html"]
     rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").open()))
     for subject, files in written.items():
@@ -380,6 +367,43 @@ def test_an_evaluation_writes_a_report_of_each_subject(tmp_path, make_subject_fo
         assert "<dt>Weights</dt><dd>none</dd>" in text and "<dt>network</dt><dd>zero_filling</dd>" in text
         values = [float(re.match(r"PSNR (\S+) dB", part["figures"]["output"])[1]) for part in data["slices"]]
         assert np.mean(values) == pytest.approx(float(row["psnr"]), abs=0.006)
+
+
+def test_an_evaluation_with_registration_shows_it(tmp_path):
+    images = make_subject(3, spacing=2.5)
+    (tmp_path / "data" / "sub00").mkdir(parents=True)
+    moved = np.roll(images["t1"].get_fdata(dtype=np.float32), 2, axis=0)  # by 5 mm; the rim of the volume is air
+    nib.save(nib.Nifti1Image(moved, images["t1"].affine), tmp_path / "data" / "sub00" / "t1.nii.gz")
+    nib.save(images["t2"], tmp_path / "data" / "sub00" / "t2.nii.gz")
+    out = tmp_path / "out"
+    evaluate(tmp_path / "data", out, register=True)
+    facts = json.loads((out / "reports" / "sub00_registration.json").read_text("utf-8"))
+    assert facts["used"] and facts["move"] == pytest.approx(5, abs=0.5)
+    text = (out / "reports" / "sub00.html").read_text("utf-8")
+    assert '<img class="overlay"' in text and f"{facts['move']:.2f} mm" in text
+
+    evaluate(tmp_path / "data", out)  # what an earlier evaluation has left is not this one's
+    assert '<section id="registration">' not in (out / "reports" / "sub00.html").read_text("utf-8")
+
+
+def evaluate(data, output_dir, **options):
+    """``run evaluating --report True`` of zero-filling."""
+    folder = Path(__file__).parent.parent / "bundle" / "configs"
+    workflow = ConfigWorkflow(
+        config_file=[str(folder / "train.json"), str(folder / "evaluate.json")],
+        workflow_type="train",
+        logging_file=False,
+        dataset_dir=str(data),
+        output_dir=str(output_dir),
+        network="zero_filling",
+        evaluate_on="all",
+        report=True,
+        device="$torch.device('cpu')",
+        **options,
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
 
 
 # --- the command line, and errors

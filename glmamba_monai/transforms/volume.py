@@ -55,6 +55,11 @@ def _file_stem(subject: Any) -> str:
     return str(subject).replace("/", "_")
 
 
+def record_prefix(record: str, item: Mapping[Hashable, Any]) -> str:
+    """Where to keep the registration of an item: ``{subject}`` in ``record`` is the item's."""
+    return record.replace("{subject}", _file_stem(item.get("subject", "pair")))
+
+
 def require_volume(image: torch.Tensor, name: str) -> None:
     """Make sure that ``(1, X, Y, Z)`` holds a usable volume.
 
@@ -226,7 +231,12 @@ class RegisterReferenced(MapTransform):
 
     Args:
         keys: the volume that stays, of any resolution, then those to move onto it.
+        record: of one volume to move; see :class:`MatchReferenced`.
     """
+
+    def __init__(self, keys: KeysCollection, record: str | None = None) -> None:
+        super().__init__(keys)
+        self.record = record
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         from glmamba_monai import registration
@@ -235,6 +245,8 @@ class RegisterReferenced(MapTransform):
         first, *others = self.keys
         for other in others:
             found = find_move(d[other], d[first], True, (_name(d[other], str(other)), _name(d[first], str(first))))
+            if self.record is not None:
+                registration.write_record(record_prefix(self.record, d), found, d[other], d[first])
             if found.used:
                 d[other] = registration.apply(d[other], found.matrix)
         return d
@@ -293,8 +305,7 @@ class MatchReferenced(MapTransform):
             axis = None
         found = find_move(reference, image, self.register, (reference_name, name), tell=self.register != "auto")
         if found is not None and self.record is not None:
-            prefix = self.record.replace("{subject}", _file_stem(d.get("subject", "pair")))
-            registration.write_record(prefix, found, reference, image)
+            registration.write_record(record_prefix(self.record, d), found, reference, image)
         matrix = np.eye(4) if found is None else found.matrix
         if axis is None:
             # Moved in the world before it is sampled, once.
