@@ -149,6 +149,7 @@ def test_results_of_networks_and_factors_stand_in_one_table(chain, tmp_path, cap
     text = (out / "dice.csv").read_text()
     (out / "dice.csv").write_text(text.replace(rows[0]["segmenter"], "another"))
     chain(lambda truth: truth)
+    assert read_rows(out / "previous-dice.csv")[0]["segmenter"] == "another"  # left out, not lost
     assert {(row["scale"], row["method"]) for row in read_rows(out / "dice.csv")} == {
         ("2x", name) for name in ("original", "zero_filling", "bicubic", "srcnn")
     }

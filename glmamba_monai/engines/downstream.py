@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,8 @@ class DownstreamResults:
 
     ``dice.csv`` has a row a subject, method and factor, ``dice_summary.json`` what :func:`summarise_dice` makes of
     them. Rows of other networks and factors that an earlier run has written stay, if they are of the same segmenter and
-    subjects. ``pictures`` holds, of each subject, the slice with most of the true mask, with outlines.
+    subjects; else they are kept in ``previous-dice.csv`` only. ``pictures`` holds, of each subject, the slice with most
+    of the true mask, with outlines.
 
     Attach it to the evaluator for super-resolution, behind the handler that runs the segmenter.
 
@@ -345,7 +347,11 @@ class DownstreamResults:
         for key in dict.fromkeys((row["scale"], row["method"]) for row in rows):
             of_method = [row for row in rows if (row["scale"], row["method"]) == key]
             if {row["subject"] for row in of_method} != subjects or of_method[0]["segmenter"] != self.segmenter:
-                logger.warning("%s: %s at %s is of other subjects or another segmenter: removed", file, key[1], key[0])
+                previous = write_atomically(file.with_name(f"previous-{file.name}"), lambda p: shutil.copyfile(file, p))
+                logger.warning(
+                    "%s: %s at %s is of other subjects or another segmenter: left out, kept in %s",
+                    *(file, key[1], key[0], previous.name),
+                )
             elif key not in new:
                 kept += of_method
         return kept
