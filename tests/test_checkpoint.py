@@ -95,7 +95,7 @@ def test_presets_of_glmamba_are_told_apart(tmp_path):
     with torch.device("meta"):
         light = build_network("glmamba_light")
     # The whole method of Table 1 has the same weights under another name.
-    with pytest.raises(ValueError, match=r"fit glmamba or .*table1_edge_loss.*: name it with --network"):
+    with pytest.raises(ValueError, match=r"fit glmamba or .*table1_guided.*: name it with --network"):
         load_weights(light, tmp_path / "w.pt", "glmamba_light")
 
 
@@ -442,7 +442,7 @@ def test_a_checkpoint_of_another_row_of_table_1_is_refused_though_every_shape_fi
     with pytest.raises(ValueError, match="is of network 'table1_lr_local', not 'table1_lr_global'"):
         load_weights(build_network("table1_lr_global", **TINY), tmp_path / "checkpoint.pt", "table1_lr_global")
     torch.save({"name": "table1_fusion", "network": network.state_dict()}, tmp_path / "same.pt")
-    load_weights(network, tmp_path / "same.pt", "glmamba")  # one layout under two names
+    load_weights(network, tmp_path / "same.pt", "glmamba_paper")  # one layout under two names
 
 
 def test_a_new_training_sets_the_last_one_aside(tmp_path, caplog):

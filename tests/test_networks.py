@@ -26,6 +26,7 @@ TABLE_1 = (
     "table1_ref_local",
     "table1_fusion",
     "table1_edge_loss",
+    "table1_guided",
 )
 BASELINES = ("srcnn", "srcnn_ref", "bicubic", "zero_filling")
 
@@ -49,7 +50,7 @@ def tiny(name: str) -> nn.Module:
 
 
 def test_everything_the_issue_names_is_registered():
-    assert set(NETWORKS.names) == {"glmamba", "glmamba_light", *TABLE_1, *BASELINES}
+    assert set(NETWORKS.names) == {"glmamba", "glmamba_paper", "glmamba_light", *TABLE_1, *BASELINES}
 
 
 @pytest.mark.parametrize("name", NETWORKS.names)
@@ -95,15 +96,33 @@ def test_who_sees_the_reference(name, sees):
     assert torch.equal(network(x)[:, 0], network(other)[:, 0]) is not sees
 
 
-def test_the_rows_of_table_1_are_seven_different_trainings():
+def test_in_the_paper_s_layout_the_branches_meet_in_the_fusion_block_alone():
+    """Ours shows the reference to the low-resolution branch, too; the reference branch sees the reference alone."""
+    x = torch.rand(1, 2, 16, 16)
+    seen = {}
+    for name in ("glmamba_paper", "glmamba"):
+        network = tiny(name)
+        for branch in ("lr_branch", "ref_branch"):
+            getattr(network, branch).register_forward_pre_hook(
+                lambda module, inputs, key=(name, branch): seen.__setitem__(key, inputs[0])
+            )
+        network(x)
+    assert torch.equal(seen["glmamba_paper", "lr_branch"], x[:, :1])
+    assert torch.equal(seen["glmamba", "lr_branch"], x)
+    assert torch.equal(seen["glmamba_paper", "ref_branch"], x[:, 1:])
+    assert torch.equal(seen["glmamba", "ref_branch"], x[:, 1:])
+
+
+def test_the_rows_of_table_1_are_eight_different_trainings():
     shapes = []
     for name in TABLE_1:
         network = build_network(name, **TINY)
         scans = tuple(m.local for m in network.modules() if isinstance(m, SS2D))
         parts = tuple(n for n, _ in network.named_modules())
-        shapes.append((scans, parts, edge_weight_of(name)))
-    assert len(set(shapes)) == 7
-    assert [edge_weight_of(name) for name in TABLE_1] == [0, 0, 0, 0, 0, 0, 0.1]
+        shapes.append((scans, parts, network.guided, edge_weight_of(name)))
+    assert len(set(shapes)) == 8
+    assert [edge_weight_of(name) for name in TABLE_1] == [0, 0, 0, 0, 0, 0, 0.1, 0.1]
+    assert [build_network(name, **TINY).guided for name in TABLE_1] == [False] * 7 + [True]
 
 
 def test_upsampling_belongs_to_the_name():
@@ -271,8 +290,9 @@ def test_cuda_equals_cpu(name):
 @pytest.mark.parametrize(
     ("name", "parameters", "macs", "scan_flops", "paper_parameters", "paper_macs"),
     [
-        ("glmamba", 2_240_535, 74_516_895_072, 12_828_672_000, 1_195_287, 32_403_461_472),
-        ("glmamba_light", 1_191_325, 32_127_013_728, 6_458_572_800, 791_773, 20_094_604_128),
+        ("glmamba", 2_241_399, 74_566_661_472, 12_828_672_000, 1_196_151, 32_453_227_872),
+        ("glmamba_paper", 2_240_535, 74_516_895_072, 12_828_672_000, 1_195_287, 32_403_461_472),
+        ("glmamba_light", 1_192_189, 32_176_780_128, 6_458_572_800, 792_637, 20_144_370_528),
         ("table1_ref_local", 2_322_322, 79_272_350_208, 12_828_672_000, 1_277_074, 37_158_916_608),
     ],
 )
@@ -288,16 +308,22 @@ def test_cost_is_pinned(name, parameters, macs, scan_flops, paper_parameters, pa
 )
 def test_cost_is_the_specification_s(name, millions, gmac, paper_millions, paper_gmac):
     """Within a per mille: the tool behind these figures also counted other layers, such as average pools."""
-    cost = count_cost(build_network(name), 240, 240)
+    cost = count_cost(build_network(name, guided=False), 240, 240)
     assert round(cost.parameters / 1e6, len(str(millions)) - 2) == millions
     assert round(cost.paper_parameters / 1e6, 3) == paper_millions
     assert math.isclose(cost.macs / 1e9, gmac, rel_tol=1e-3)
     assert math.isclose(cost.paper_macs / 1e9, paper_gmac, rel_tol=1e-3)
 
 
+def test_guiding_costs_one_input_channel():
+    paper, guided = (count_cost(build_network(n), 240, 240) for n in ("glmamba_paper", "glmamba"))
+    assert guided.parameters - paper.parameters == 96 * 9
+    assert guided.macs - paper.macs == 96 * 9 * 240 * 240
+
+
 def test_replacing_the_fusion_adds_one_convolution():
     """The paper's own difference: one 96 to 96 3x3 convolution at 240x240, less the fusion block."""
-    add, adaptive = (count_cost(build_network(n), 240, 240) for n in ("table1_ref_local", "glmamba"))
+    add, adaptive = (count_cost(build_network(n), 240, 240) for n in ("table1_ref_local", "glmamba_paper"))
     convolution, fusion = 96 * 96 * 9 + 96, (2 * 192 + 2) + (3 * 288 + 3)
     assert add.paper_parameters - adaptive.paper_parameters == convolution - fusion
     assert add.paper_macs - adaptive.paper_macs == (96 * 96 * 9 - 2 * 192) * 240 * 240 - 3 * 288

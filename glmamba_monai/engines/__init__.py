@@ -14,13 +14,14 @@ from glmamba_monai.engines.evaluation import ResultsWriter, SubjectMetrics, prep
 from glmamba_monai.engines.plan import TrainingPlan, segmentation_plan, trainable_parameters, training_plan
 from glmamba_monai.engines.progress import EpochLine, FinalTable, LossCurve, ValidationPictures
 from glmamba_monai.engines.segmentation import SegmentationLine, SliceDice, mask_items, mask_of, prepare_mask_batch
-from glmamba_monai.engines.trainer import GraphInferer, SliceTrainer, stacked_items, super_resolved_items
+from glmamba_monai.engines.trainer import GradientLimit, GraphInferer, SliceTrainer, stacked_items, super_resolved_items
 
 __all__ = [
     "DownstreamResults",
     "EnsembleMeand",
     "EpochLine",
     "FinalTable",
+    "GradientLimit",
     "GraphInferer",
     "LossCurve",
     "MethodVolumes",

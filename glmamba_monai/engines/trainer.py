@@ -39,6 +39,28 @@ class SliceTrainer(SupervisedTrainer):
             state.output = decollate({key: value.detach() for key, value in state.output.items()})
 
 
+class GradientLimit:
+    """Shortens the gradient of a step that is longer than a limit, so that one odd batch cannot throw the weights away.
+
+    The fusion block multiplies two feature maps, so a large value makes a far larger gradient; without a limit some
+    trainings at high learning rates ended as zero-filling (docs/training.md). The GPU is not waited for.
+
+    Args:
+        network: the network that is trained.
+        longest: limit of the norm over all its parameters.
+    """
+
+    def __init__(self, network: nn.Module, longest: float) -> None:
+        self.network = network
+        self.longest = longest
+
+    def attach(self, engine: Workflow) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Workflow) -> None:
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.longest)
+
+
 class GraphInferer(SimpleInferer):
     """The network's forward and backward pass as CUDA graphs: one launch each in place of more than a thousand.
 

@@ -228,6 +228,7 @@ class Branch(nn.Module):
     """Features of one image (paper Fig. 1): convolution, Mamba path at half resolution, deform path, modulator.
 
     Args:
+        images: how many images it sees, as channels of its input.
         local: local (quadrant) instead of global scans.
         modulator: add the deform path and modulate the Mamba features by it (Fig. 2C); else Mamba features alone.
 
@@ -236,6 +237,7 @@ class Branch(nn.Module):
 
     def __init__(
         self,
+        images: int,
         channels: int,
         n_mamba: int,
         n_deform: int,
@@ -247,7 +249,7 @@ class Branch(nn.Module):
         modulator: bool,
     ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, channels, 3, padding=1)
+        self.stem = nn.Conv2d(images, channels, 3, padding=1)
         self.embed = nn.Conv2d(channels, channels, 2, stride=2)
         self.mamba = nn.Sequential(
             *(MambaBlock(channels, d_state, local, attention_reduction, mix_channels) for _ in range(n_mamba))
@@ -257,7 +259,7 @@ class Branch(nn.Module):
         self.deform = nn.Sequential(*(DeformBlock(channels) for _ in range(n_deform if modulator else 0)))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Features ``(B, C, H, W)`` of ``(B, 1, H, W)``, H and W multiples of 4."""
+        """Features ``(B, C, H, W)`` of ``(B, images, H, W)``, H and W multiples of 4."""
         # Channels last in memory: what the scan, the deformable convolution and linear layers read in one piece.
         features = self.stem(image).contiguous(memory_format=torch.channels_last)
         mamba = self.unembed(self.mamba(self.embed(features).permute(0, 2, 3, 1)))
@@ -335,6 +337,9 @@ class GLMamba(nn.Module):
             is returned as it came).
         modulator: deform blocks and modulator in each branch.
         fusion: "adaptive" (the paper's fusion block) or "add" (sum and 3x3 convolution).
+        guided: the low-resolution branch sees the reference, too, as a second channel of its first convolution (our
+            choice, docs/method.md), instead of the low-resolution slice alone (the paper's layout, where the two
+            meet in the fusion block). Without a reference branch it sees the low-resolution slice alone.
 
     Raises:
         ValueError: an argument has an unknown value, or the input is not ``(B, 2, H, W)`` with H, W >= 8.
@@ -353,6 +358,7 @@ class GLMamba(nn.Module):
         ref_scan: str | None = "local",
         modulator: bool = True,
         fusion: str = "adaptive",
+        guided: bool = True,
     ) -> None:
         super().__init__()
         _check_choice("unembedding", unembedding, ("pixel_shuffle", "bilinear"))
@@ -364,7 +370,8 @@ class GLMamba(nn.Module):
                 f"attention_reduction must lie between 1 and channels ({channels}), got {attention_reduction}"
             )
         shape = (channels, n_mamba, n_deform, d_state, attention_reduction, mix_channels, unembedding)
-        self.lr_branch = Branch(*shape, local=lr_scan == "local", modulator=modulator)
+        self.guided = guided and ref_scan is not None
+        self.lr_branch = Branch(1 + self.guided, *shape, local=lr_scan == "local", modulator=modulator)
         self.lr_head = reconstruction_head(channels)
         # The network starts as zero-filling and learns what that lacks.
         nn.init.zeros_(self.lr_head[-1].weight)
@@ -373,7 +380,7 @@ class GLMamba(nn.Module):
         self.ref_head: nn.Sequential | None = None
         self.fusion: nn.Module | None = None
         if ref_scan is not None:
-            self.ref_branch = Branch(*shape, local=ref_scan == "local", modulator=modulator)
+            self.ref_branch = Branch(1, *shape, local=ref_scan == "local", modulator=modulator)
             self.ref_head = reconstruction_head(channels)
             self.fusion = MultiModalityFusion(channels) if fusion == "adaptive" else AddFusion(channels)
 
@@ -385,7 +392,7 @@ class GLMamba(nn.Module):
         # Multiples of 4: 2x2 patches, and 2x2 quadrants of patches.
         x = F.pad(x, [0, -width % 4, 0, -height % 4], mode="reflect")
         upsampled, reference = x[:, 0:1], x[:, 1:2]
-        features = self.lr_branch(upsampled)
+        features = self.lr_branch(x if self.guided else upsampled)
         reconstruction = reference
         if self.ref_branch is not None and self.ref_head is not None and self.fusion is not None:
             ref_features = self.ref_branch(reference)

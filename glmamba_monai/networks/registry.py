@@ -43,43 +43,46 @@ LIGHT = {
     "mix_channels": 0,
     "unembedding": "bilinear",
 }
-SINGLE = {"ref_scan": None, "modulator": False}
+PAPER = {"guided": False}
+SINGLE = {**PAPER, "ref_scan": None}
 
 for _name, _description, _network in (
-    ("glmamba", "the paper's network with all four deform blocks per branch (default)", Network(GLMamba)),
+    ("glmamba", "the paper's network, its low-resolution branch guided by the reference (default)", Network(GLMamba)),
+    ("glmamba_paper", "the paper's layout, four deform blocks per branch", Network(GLMamba, PAPER)),
     (
         "glmamba_light",
         "1.2 M parameters: one deform block, 8 states, bilinear un-embedding",
         Network(GLMamba, LIGHT),
     ),
-    # Table 1 of the paper, top to bottom. Only the last row is trained with the edge loss.
+    # Table 1 of the paper, top to bottom, then what we add. Only the last two are trained with the edge loss.
     (
         "table1_lr_local",
         "Table 1: LRLocalMamba, target contrast alone",
-        Network(GLMamba, {**SINGLE, "lr_scan": "local"}, edge_weight=0.0),
+        Network(GLMamba, {**SINGLE, "modulator": False, "lr_scan": "local"}, edge_weight=0.0),
     ),
     (
         "table1_lr_global",
         "Table 1: LRGlobalMamba, target contrast alone",
-        Network(GLMamba, SINGLE, edge_weight=0.0),
+        Network(GLMamba, {**SINGLE, "modulator": False}, edge_weight=0.0),
     ),
     (
         "table1_modulator",
         "Table 1: LRGlobalMamba + Modulator, target contrast alone",
-        Network(GLMamba, {"ref_scan": None}, edge_weight=0.0),
+        Network(GLMamba, SINGLE, edge_weight=0.0),
     ),
     (
         "table1_ref_global",
         "Table 1: LRGlobal-RefGlobal, fused by sum and convolution",
-        Network(GLMamba, {"ref_scan": "global", "fusion": "add"}, edge_weight=0.0),
+        Network(GLMamba, {**PAPER, "ref_scan": "global", "fusion": "add"}, edge_weight=0.0),
     ),
     (
         "table1_ref_local",
         "Table 1: LRGlobal-RefLocal, fused by sum and convolution",
-        Network(GLMamba, {"fusion": "add"}, edge_weight=0.0),
+        Network(GLMamba, {**PAPER, "fusion": "add"}, edge_weight=0.0),
     ),
-    ("table1_fusion", "Table 1: + Multi-modality fusion", Network(GLMamba, edge_weight=0.0)),
-    ("table1_edge_loss", "Table 1: + CELoss, the whole method (the same as glmamba)", Network(GLMamba)),
+    ("table1_fusion", "Table 1: + Multi-modality fusion", Network(GLMamba, PAPER, edge_weight=0.0)),
+    ("table1_edge_loss", "Table 1: + CELoss, the paper's method (the same as glmamba_paper)", Network(GLMamba, PAPER)),
+    ("table1_guided", "Table 1, ours: + reference in the low-resolution branch (the same as glmamba)", Network(GLMamba)),
     ("srcnn", "SRCNN 9-5-5, target contrast alone", Network(SRCNN)),
     ("srcnn_ref", "SRCNN 9-5-5, reference as second channel", Network(SRCNN, {"use_reference": True})),
     ("bicubic", "bicubic interpolation", Network(Interpolation, upsampling="bicubic")),
