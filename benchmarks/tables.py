@@ -4,7 +4,8 @@ python benchmarks/tables.py table1 --dataset_dir DATA --output_dir OUT --scale 2
 python benchmarks/tables.py table2 --dataset_dir DATA --output_dir OUT --scales 2,4 --folds all
 python benchmarks/tables.py table4 --device cuda
 
-A command that was stopped goes on where it stopped when it is given again.
+A command that was stopped goes on where it stopped when it is given again. With several GPUs, --jobs trains side by
+side.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import csv
 import io
 import json
 import os
+import queue
 import re
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fire
 import torch
@@ -98,6 +102,7 @@ LENGTH = ("epochs", "iterations_per_epoch", "batch_size", "crop_size")
 MIN_SUBJECTS = 5  # below, no test over subjects can find anything
 MAX_LISTED = 40  # held-out subjects that a table names one by one
 NOTHING = "–"
+POLL = 0.2  # s between two looks at whether a process has ended or shall end
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,53 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.network} {self.scale}x, {self.fold}, seed {self.seed}"
+
+
+class Stopped(Exception):
+    """A run was ended because the command ends: neither a result nor a failure."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens.
+
+    Attributes:
+        environment: variables of its processes that differ from this one's.
+        stop: once set, its processes are ended.
+    """
+
+    environment: Mapping[str, str]
+    stop: threading.Event
+
+
+def places(jobs: int, device: object, stop: threading.Event) -> list[Place]:
+    """One place for each of the runs that go side by side, spread over the GPUs that this process sees.
+
+    Args:
+        jobs: how many.
+        device: the bundle's option, None for its default.
+        stop: of all of them.
+
+    Raises:
+        ValueError: ``jobs`` is no number from 1 on, or the device is one GPU by its number.
+    """
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
+        raise ValueError(f"jobs={jobs!r}: expected a number of at least 1")
+    if jobs == 1:  # as this process is: nothing is to be shared out
+        return [Place({}, stop)]
+    if re.search(r"cuda:\d", str(device)):
+        raise ValueError(
+            f"device={device}: with several jobs each gets its GPU; write cuda, or set CUDA_VISIBLE_DEVICES"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    gpus = [str(i) for i in range(count)] if visible is None else visible.split(",")[:count]
+    # Without this each process would start a thread for every core.
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    return [
+        Place({**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)].strip()} if gpus else {})}, stop)
+        for i in range(jobs)
+    ]
 
 
 class Protocol:
@@ -195,14 +247,15 @@ class Protocol:
         }
         return json.loads(json.dumps(settings, default=str))
 
-    def perform(self, run: Run) -> bool:
-        """Train and evaluate, as far as that has not been done.
+    def perform(self, run: Run, place: Place) -> bool:
+        """Train and evaluate, as far as that has not been done. Several runs may be performed at the same time.
 
         Returns:
             Whether there was anything to do.
 
         Raises:
             RuntimeError: it fails, or its folder holds a run with other settings.
+            Stopped: its place was told to stop.
         """
         folder = self.runs_dir / run.folder
         settings = self.settings(run)
@@ -226,7 +279,7 @@ class Protocol:
             record["history"] = []
             if has_parameters(run.network):
                 rate = {"learning_rate": settings["learning_rate"], "resume": True}
-                run_bundle("training", [TRAIN], {**options, **rate}, folder / LOG_FILE)
+                run_bundle("training", [TRAIN], {**options, **rate}, folder / LOG_FILE, place)
                 record["history"] = read_checkpoint(checkpoint)["history"]
             write_json(folder / RUN_FILE, record)
         # The last epoch's weights: those of the best one, model.pt, were chosen on the subjects of the table.
@@ -234,7 +287,8 @@ class Protocol:
         metric = "validate#key_metric#val_psnr"
         per_slice = {f"{metric}#_target_": "tables.SliceMetrics", f"{metric}#file": str(folder / SLICES_FILE)}
         options.pop("val_slices", None)  # those of the validations between epochs; the table is of all slices
-        run_bundle("evaluating", [TRAIN, EVALUATE], {**options, **weights, **per_slice}, folder / LOG_FILE)
+        options |= {**weights, **per_slice}
+        run_bundle("evaluating", [TRAIN, EVALUATE], options, folder / LOG_FILE, place)
         return True
 
 
@@ -255,11 +309,12 @@ def is_finished(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (METRICS_FILE, SLICES_FILE, SUMMARY_FILE))
 
 
-def run_bundle(run_id: str, configs: Sequence[Path], options: Mapping[str, Any], log: Path) -> None:
+def run_bundle(run_id: str, configs: Sequence[Path], options: Mapping[str, Any], log: Path, place: Place) -> None:
     """``python -m monai.bundle run``, with all that it prints in a log file.
 
     Raises:
         RuntimeError: it fails; with the reason.
+        Stopped: the place was told to stop; the process has ended.
     """
     arguments = ["--config_file", str([str(config) for config in configs])]
     for name, value in options.items():
@@ -268,18 +323,40 @@ def run_bundle(run_id: str, configs: Sequence[Path], options: Mapping[str, Any],
     path = os.pathsep.join([str(FOLDER), str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("a", encoding="utf-8") as file:
         begin = file.tell()
-        done = subprocess.run(
+        code = run_process(
             [sys.executable, "-m", "monai.bundle", "run", run_id, *arguments],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path},
-            check=False,
+            {**os.environ, **place.environment, "PYTHONPATH": path},
+            file,
+            place.stop,
         )
-    if done.returncode:
+    if code:
         text = log.read_bytes()[begin:].decode("utf-8", errors="replace")
         # Of a chain of exceptions the first is the cause; MONAI wraps it in its own.
         cause = re.search(r"^[\w.]+(?:Error|Exception|Interrupt)\b.*", text, re.MULTILINE)
-        raise RuntimeError(f"{run_id} ended with {done.returncode}: {cause.group() if cause else NOTHING} (see {log})")
+        raise RuntimeError(f"{run_id} ended with {code}: {cause.group() if cause else NOTHING} (see {log})")
+
+
+def run_process(command: Sequence[str], environment: Mapping[str, str], output: IO[str], stop: threading.Event) -> int:
+    """Run a command with all that it prints in a file; returns its exit code.
+
+    Raises:
+        Stopped: ``stop`` was set; the process has been killed.
+    """
+    if stop.is_set():
+        raise Stopped(command[0])
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(environment))
+    try:
+        while True:
+            # A thread that waits hears of no signal: whoever does sets `stop`, which is looked at between two waits.
+            try:
+                return process.wait(POLL)
+            except subprocess.TimeoutExpired:
+                if stop.is_set():
+                    raise Stopped(command[0]) from None
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 class SliceMetrics(SubjectMetrics):
@@ -517,7 +594,7 @@ def note_on_test(subjects: Sequence[Row]) -> str:
 
 
 class Table:
-    """A table in the making: performs the runs one by one and writes the table after each.
+    """A table in the making: performs the runs and writes the table after each.
 
     Args:
         title: its heading.
@@ -527,6 +604,10 @@ class Table:
         order: see :func:`results_table`.
         published: columns of published numbers of a factor, by network.
         appendix: what follows the tables.
+        jobs: runs at the same time, spread over the GPUs.
+
+    Raises:
+        ValueError: a network has no learning rate, or ``jobs`` cannot be.
     """
 
     def __init__(
@@ -538,16 +619,20 @@ class Table:
         order: Sequence[str] | None,
         published: Callable[[int], dict[str, dict[str, str]]],
         appendix: str = "",
+        jobs: int = 1,
     ) -> None:
         self.title = title
         self.file = file
         self.protocol = protocol
-        self.runs = runs
+        self.runs = list(dict.fromkeys(runs))  # a run named twice would write its folder twice at the same time
         self.order = order
         self.published = published
         self.appendix = appendix
         self.failures: dict[Run, str] = {}
-        for run in runs:
+        self.stop = threading.Event()
+        self.places = places(jobs, protocol.options.get("device"), self.stop)
+        self.lock = threading.Lock()  # of the failures, of what is printed and of the files of the table
+        for run in self.runs:
             protocol.settings(run)  # refuse now what cannot be trained
 
     def make(self) -> None:
@@ -556,26 +641,55 @@ class Table:
         Raises:
             SystemExit: a run has failed; the others are in the table.
         """
-        for i, run in enumerate(self.runs, 1):
-            begin = time.perf_counter()
-            log = self.protocol.runs_dir / run.folder / LOG_FILE
-            if not is_finished(log.parent):
-                print(f"[{i}/{len(self.runs)}] {run}: running, log in {log}", flush=True)
+        free: queue.SimpleQueue[Place] = queue.SimpleQueue()
+        for place in self.places:
+            free.put(place)
+
+        def perform(number: int, run: Run) -> None:
+            place = free.get()
             try:
-                done = self.protocol.perform(run)
-            except (RuntimeError, OSError, ValueError) as error:
-                self.failures[run] = str(error)
-                print(f"[{i}/{len(self.runs)}] {run}: FAILED: {error}", flush=True)
-                continue
-            spent = format_duration(time.perf_counter() - begin) if done else "was there already"
-            print(f"[{i}/{len(self.runs)}] {run}: {self._result(run)}, {spent}", flush=True)
-            self.write()
+                if not self.stop.is_set():
+                    self._perform(f"[{number}/{len(self.runs)}] {run}", run, place)
+            except BaseException:
+                self.stop.set()  # no further run begins, also before the main thread hears of this
+                raise
+            finally:
+                free.put(place)
+
+        with ThreadPoolExecutor(len(self.places)) as pool:
+            try:
+                for future in as_completed([pool.submit(perform, i, run) for i, run in enumerate(self.runs, 1)]):
+                    future.result()
+            except BaseException:  # a signal, or a mistake in this file: the pool waits for the runs that it ends
+                self.stop.set()
+                raise
         self.write()
         print(f"\n{self.text()}\n\nwritten to {self.file}", flush=True)
         picture = write_curve(self.protocol.runs_dir.parent)
         print(picture, flush=True)
         if self.failures:
             raise SystemExit(f"{len(self.failures)} of {len(self.runs)} runs failed; the same command tries them again")
+
+    def _perform(self, title: str, run: Run, place: Place) -> None:
+        """Perform one run, say so, and write the table; a failure is kept."""
+        begin = time.perf_counter()
+        log = self.protocol.runs_dir / run.folder / LOG_FILE
+        if not is_finished(log.parent):
+            with self.lock:
+                print(f"{title}: running, log in {log}", flush=True)
+        try:
+            done = self.protocol.perform(run, place)
+        except Stopped:
+            return
+        except (RuntimeError, OSError, ValueError) as error:
+            with self.lock:
+                self.failures[run] = str(error)
+                print(f"{title}: FAILED: {error}", flush=True)
+            return
+        spent = format_duration(time.perf_counter() - begin) if done else "was there already"
+        with self.lock:
+            print(f"{title}: {self._result(run)}, {spent}", flush=True)
+            self.write()
 
     def _result(self, run: Run) -> str:
         rows = read_rows(self.protocol.runs_dir, [run], METRICS_FILE)
@@ -720,6 +834,7 @@ def table1(
     seeds: int | tuple[int, ...] = 0,
     folds: str | list[str] | None = None,
     learning_rates: dict[str, float] | None = None,
+    jobs: int = 1,
     **options: Any,
 ) -> None:
     """The ablation: the seven rows of Table 1 in the paper's order.
@@ -732,6 +847,8 @@ def table1(
         folds: whom to hold out: nothing for the bundle's split (--validation), "all" for each patient in turn, or names
             of subjects, each in turn.
         learning_rates: those that differ from the ones in this file, such as "{'table1_fusion': 4e-4}".
+        jobs: trainings side by side, spread over the visible GPUs by CUDA_VISIBLE_DEVICES. Several on one GPU, or more
+            than the processor's cores can feed, lengthen the seconds that the table and the curve show.
         options: further arguments of the bundle, such as --epochs, --crop_size, --cache_dir, --amp or --device.
     """
     protocol = Protocol(dataset_dir, output_dir, folds, learning_rates, options)
@@ -742,6 +859,7 @@ def table1(
         plan(protocol, list(TABLE1), numbers(scale), numbers(seeds)),
         [*BASELINES, *TABLE1],
         lambda scale: {"BraTS2021": TABLE1} if scale == 2 else {},
+        jobs=jobs,
     ).make()
 
 
@@ -753,6 +871,7 @@ def table2(
     seeds: int | tuple[int, ...] = 0,
     folds: str | list[str] | None = None,
     learning_rates: dict[str, float] | None = None,
+    jobs: int = 1,
     **options: Any,
 ) -> None:
     """The comparison: the interpolations, the baselines and GLMamba, from worst to best.
@@ -766,6 +885,8 @@ def table2(
         folds: whom to hold out: nothing for the bundle's split (--validation), "all" for each patient in turn, or names
             of subjects, each in turn.
         learning_rates: those that differ from the ones in this file, such as "{'srcnn_ref': 2e-3}".
+        jobs: trainings side by side, spread over the visible GPUs by CUDA_VISIBLE_DEVICES. Several on one GPU, or more
+            than the processor's cores can feed, lengthen the seconds that the table and the curve show.
         options: further arguments of the bundle, such as --epochs, --crop_size, --cache_dir, --amp or --device.
     """
     protocol = Protocol(dataset_dir, output_dir, folds, learning_rates, options)
@@ -783,6 +904,7 @@ def table2(
         None,
         published,
         f"## What the paper prints, under its own protocol\n\n{markdown(head, ([k, *v] for k, v in TABLE2.items()))}",
+        jobs,
     ).make()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from itertools import chain
@@ -100,6 +101,29 @@ def test_half_a_file_of_the_disk_cache_is_prepared_again(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     assert run() == [7] and run() == [7]
     assert Count.calls == 2
+
+
+def test_a_file_of_the_disk_cache_is_never_seen_half_written(tmp_path, monkeypatch):
+    """Trainings side by side prepare the same volumes at the same time; each may find the other's files."""
+    save = torch.save
+
+    def slow_save(content, file):
+        save(content, file)
+        assert not list(tmp_path.glob("*.pt")) and str(os.getpid()) in Path(file.name).name
+
+    monkeypatch.setattr(torch, "save", slow_save)
+    (volume,) = volume_dataset([{"number": 7}], Compose([Count()]), cache_dir=tmp_path)
+    assert volume["image"].mean().item() == 7
+    (file,) = tmp_path.iterdir()
+    assert file.suffix == ".pt"
+
+    def full_disk(content, file):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        volume_dataset([{"number": 8}], Compose([Count()]), cache_dir=tmp_path)[0]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

@@ -234,13 +234,14 @@ def test_meta_tensors_give_an_empty_result_of_the_right_shape():
 
 @needs_native
 @pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_operator_passes_torchs_own_checks(mask, layout):
-    inputs = {
-        name: x if x is None else x.to(memory_format=layout) for name, x in make_inputs(mask=mask, bias=False).items()
-    }
-    given = [None if inputs[n] is None else inputs[n].requires_grad_() for n in ("input", "offset", "weight", "mask")]
-    torch.library.opcheck(torch.ops.glmamba.deform_conv2d.default, (*given, 1, 1))
+def test_the_operator_passes_torchs_own_checks(mask, bias, layout):
+    inputs = make_inputs(mask=mask, bias=bias)
+    inputs = {n: x.to(memory_format=layout) if x is not None and x.dim() == 4 else x for n, x in inputs.items()}
+    names = ("input", "offset", "weight", "mask", "bias")
+    *given, b = [None if inputs[n] is None else inputs[n].requires_grad_() for n in names]
+    torch.library.opcheck(torch.ops.glmamba.deform_conv2d.default, (*given, 1, 1, b))
 
 
 @needs_native

@@ -4,8 +4,12 @@ import csv
 import importlib
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -273,11 +277,16 @@ class FakeBundle:
     def __init__(self, tables, monkeypatch):
         self.tables = tables
         self.calls = []
+        self.environments = []
         self.failing = {}
+        self.meeting = None
         monkeypatch.setattr(tables, "run_bundle", self)
 
-    def __call__(self, run_id, configs, options, log):
+    def __call__(self, run_id, configs, options, log, place):
         self.calls.append((run_id, options))
+        self.environments.append(place.environment)
+        if self.meeting is not None:  # all runs at the same time, or none
+            self.meeting.wait(timeout=30)
         if run_id in self.failing:
             raise self.failing[run_id]
         folder = Path(options["output_dir"])
@@ -445,6 +454,133 @@ def test_table_1_in_the_papers_order(tables, bundle, arguments):
     assert [row[0] for row in rows[1:]] == ["zero_filling", "bicubic", *tables.TABLE1]
     assert dict(zip(head, rows[-1]))["published, another protocol: BraTS2021"] == "42.58 / .9912"
     assert len(bundle.calls) == 2 * 2 * 7
+
+
+# --- side by side
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "expected"),
+    [
+        (None, 3, ["0", "1", "2", "0"]),
+        ("5, 2", 2, ["5", "2", "5", "2"]),
+        ("", 0, [None] * 4),
+        (None, 0, [None] * 4),
+    ],
+)
+def test_jobs_are_spread_over_the_visible_gpus(tables, monkeypatch, visible, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = tables.places(4, "cuda", threading.Event())
+    assert [place.environment.get("CUDA_VISIBLE_DEVICES") for place in found] == expected
+    assert {place.environment["OMP_NUM_THREADS"] for place in found} == {"2"}
+    (alone,) = tables.places(1, "$torch.device('cuda:1')", threading.Event())
+    assert alone.environment == {}  # as ever
+    with pytest.raises(ValueError, match="with several jobs each gets its GPU"):
+        tables.places(2, "$torch.device('cuda:1')", threading.Event())
+
+
+@pytest.mark.parametrize("jobs", [0, -1, 1.5, True, "2"])
+def test_jobs_that_cannot_be_are_refused(tables, bundle, arguments, jobs):
+    with pytest.raises(ValueError, match="expected a number of at least 1"):
+        tables.table2(**arguments, networks="srcnn", jobs=jobs)
+    assert bundle.calls == []
+
+
+def test_runs_side_by_side_give_the_same_table(tables, bundle, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    arguments.update(networks="srcnn,srcnn_ref", seeds=(0, 1))
+    one = Path(arguments["output_dir"])
+    tables.table2(**arguments)
+    assert bundle.environments == [{}] * 8
+    capsys.readouterr()
+    bundle.environments.clear()
+    several = one.with_name("several")
+    bundle.meeting = threading.Barrier(4)
+    tables.table2(**{**arguments, "output_dir": str(several)}, jobs=4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert sorted(lines) == sorted(set(lines)) and len(lines) == 8
+    for number in range(1, 5):  # every run begins once and ends once, in this order, each in one line
+        begin, end = (line for line in lines if line.startswith(f"[{number}/4] "))
+        assert ": running, log in " in begin and ": 31.00 dB, +1.00, " in end
+    assert (several / "table2.md").read_text() == (one / "table2.md").read_text()
+    assert (several / "curve.csv").read_text() == (one / "curve.csv").read_text()
+    used = [environment["CUDA_VISIBLE_DEVICES"] for environment in bundle.environments]
+    assert sorted(used) == ["0"] * 4 + ["1"] * 4
+
+
+def test_a_failure_among_runs_side_by_side_is_kept_with_its_run(tables, bundle, arguments, capsys):
+    def fail_one(run_id, configs, options, log, place):
+        if options["network"] == "srcnn":
+            raise RuntimeError("training ended with 1: no luck")
+        bundle(run_id, configs, options, log, place)
+
+    tables.run_bundle = fail_one  # the fixture `bundle` puts the real one back
+    with pytest.raises(SystemExit, match="2 of 4 runs failed"):
+        tables.table2(**arguments, networks="srcnn,srcnn_ref", seeds=(0, 1), jobs=3)
+    printed = capsys.readouterr().out
+    text = (Path(arguments["output_dir"]) / "table2.md").read_text()
+    for seed in (0, 1):
+        assert f"srcnn 2x, sub01, seed {seed}: FAILED: training ended with 1: no luck" in printed
+        assert f"- srcnn 2x, sub01, seed {seed}: training ended with 1: no luck" in text
+        assert f"srcnn_ref 2x, sub01, seed {seed}: 31.00 dB" in printed
+    assert "srcnn_ref" in cells(text[: text.index("Missing")]) and "srcnn" not in cells(text[: text.index("Missing")])
+
+
+def test_a_run_named_twice_is_performed_once(tables, bundle, arguments):
+    tables.table2(**arguments, networks="srcnn,srcnn", seeds=(0, 0), jobs=2)
+    assert bundle.made() == [(run_id, "srcnn_2x_sub01_seed0") for run_id in ("training", "evaluating")]
+
+
+def test_nothing_begins_after_an_interruption(tables, bundle, arguments):
+    bundle.failing = {"training": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        tables.table2(**arguments, networks="srcnn", seeds=tuple(range(20)), jobs=2)
+    assert 1 <= len(bundle.made()) <= 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_end_of_the_command_ends_its_runs(arguments, tmp_path, jobs):
+    """Real processes: SIGTERM, as a batch system sends it to the command alone."""
+    fake = tmp_path / "fake" / "monai"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").touch()
+    # In place of `python -m monai.bundle` of the runs, not of the command: it says who it is and does not end.
+    (fake / "bundle.py").write_text(
+        f"import os, pathlib, time\npathlib.Path({str(tmp_path)!r}, f'{{os.getpid()}}.pid').touch()\ntime.sleep(600)\n"
+    )
+    code = (
+        "import signal, sys\n"
+        "import tables\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"tables.FOLDER = __import__('pathlib').Path({str(fake.parent)!r})\n"
+        f"tables.table2(**{arguments!r}, networks='srcnn', seeds=(0, 1, 2), jobs={jobs})\n"
+    )
+    path = os.pathsep.join([str(FOLDER), str(FOLDER.parent)])
+    with (tmp_path / "printed.txt").open("w") as printed:
+        environment = {**os.environ, "PYTHONPATH": path}
+        command = subprocess.Popen([sys.executable, "-c", code], stdout=printed, stderr=printed, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while len(children := [int(file.stem) for file in tmp_path.glob("*.pid")]) < jobs:
+            assert time.monotonic() < deadline and command.poll() is None, (tmp_path / "printed.txt").read_text()
+            time.sleep(0.05)
+        command.terminate()
+        assert command.wait(timeout=60) == 143
+        for child in children:
+            with pytest.raises(ProcessLookupError):
+                os.kill(child, 0)
+        assert [int(file.stem) for file in tmp_path.glob("*.pid")] == children  # none began meanwhile
+        printed = (tmp_path / "printed.txt").read_text()
+        assert printed.count("running, log in") == jobs and "FAILED" not in printed
+    finally:
+        command.kill()
+        command.wait()
 
 
 def test_a_real_run_a_failing_one_and_the_same_again(tables, arguments, capsys, monkeypatch):

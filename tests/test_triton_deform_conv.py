@@ -131,6 +131,19 @@ def test_any_memory_layout_is_accepted():
 
 
 @needs_kernels
+@pytest.mark.parametrize("out", [2, 40, 144])  # one block, two, several programs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernel_adds_the_bias(out, dtype):
+    inputs = on_device(make_inputs(b=1, c=5, out=out, size=(3, 5)))
+    inputs["input"] = inputs["input"].to(dtype)
+    bias = torch.randn(out, 2, generator=torch.Generator().manual_seed(2)).to(DEVICE)[:, 1]  # not in one piece
+    expected = kernels.forward(*inputs.values(), 1, 1).float() + bias.view(-1, 1, 1)
+    found = kernels.forward(*inputs.values(), 1, 1, bias)
+    assert found.dtype == dtype
+    assert relative(found.float(), expected) <= (1e-6 if dtype == torch.float32 else 1e-3)
+
+
+@needs_kernels
 def test_a_broken_offset_shows_in_the_output_and_nowhere_else():
     inputs = on_device(make_inputs())
     expected = kernels.forward(*inputs.values(), 1, 1)

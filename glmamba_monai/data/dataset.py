@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from monai.config import KeysCollection
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, MapTransform, Randomizable, Transform
+from monai.utils import convert_to_tensor
 from torch.utils.data import DistributedSampler
 
 SLICE_KEYS = ("image", "target")  # what a training slice consists of
@@ -72,9 +74,22 @@ class _MappedDataset(PersistentDataset):
             try:
                 return torch.load(file, weights_only=True, mmap=True)
             except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # half a file: the disk was full, ...
-                file.unlink()
-        prepared = super()._cachecheck(item_transformed)  # writes the file, where it may
-        return torch.load(file, weights_only=True, mmap=True) if file.is_file() else prepared
+                file.unlink(missing_ok=True)
+        prepared = self._pre_transform(deepcopy(item_transformed))
+        # Several processes may prepare the same volume at the same time: each writes a file of its own in the same
+        # folder, and a rename shows it whole. (MONAI's own moves it from the temporary folder: from another disk that
+        # is a copy, of which another process reads half.)
+        partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
+        try:
+            with partial.open("wb") as content:
+                torch.save(convert_to_tensor(prepared, convert_numeric=False, track_meta=self.track_meta), content)
+            os.replace(partial, file)
+        except PermissionError:  # a folder that may only be read
+            return prepared
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return torch.load(file, weights_only=True, mmap=True)
 
 
 class SliceDraw(NamedTuple):

@@ -147,11 +147,19 @@ def _block(pointer, row, column, rows, columns, row_stride, column_stride):
 
 
 @triton.jit
+def _store_sums(y, at, valid, n, total, bias, N: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Finished sums (M, n), with the bias, into y."""
+    if HAS_BIAS:
+        total += tl.load(bias + n, n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at[:, None] * N + n[None, :], total.to(y.dtype.element_ty), valid[:, None] & (n < N)[None, :])
+
+
+@triton.jit
 def _forward_kernel(
-    x, offset, mask, weight, y, in_height, in_width, height, width, pad_y, pad_x,
+    x, offset, mask, weight, bias, y, in_height, in_width, height, width, pad_y, pad_x,
     offset_b, offset_c, offset_h, offset_w, mask_b, mask_c, mask_h, mask_w,
     C: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, KERNEL_W: tl.constexpr, HAS_MASK: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x (B, H, W, C), weight (taps, N, C), y (B, H_out, W_out, N); one program: a tile, N0 + N1 output channels."""
@@ -187,9 +195,9 @@ def _forward_kernel(
     at = row * width + column
     if WIDE:
         at = row.to(tl.int64) * width + column
-    tl.store(y + at[:, None] * N + n0[None, :], total0.to(y.dtype.element_ty), valid[:, None] & (n0 < N)[None, :])
+    _store_sums(y, at, valid, n0, total0, bias, N, HAS_BIAS)
     if N1 > 0:
-        tl.store(y + at[:, None] * N + n1[None, :], total1.to(y.dtype.element_ty), valid[:, None] & (n1 < N)[None, :])
+        _store_sums(y, at, valid, n1, total1, bias, N, HAS_BIAS)
 
 
 @triton.jit
@@ -332,8 +340,16 @@ def _weight_backward_kernel(
         tl.store(to, totals[j], (n < N)[:, None] & (c < tl.where(first + j < TAPS, C, 0))[None, :])
 
 
-def forward(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, pad_y: int, pad_x: int) -> Tensor:
-    """The convolution without bias, stride 1, dilation 1, one offset group; deterministic.
+def forward(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    pad_y: int,
+    pad_x: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The convolution, stride 1, dilation 1, one offset group; deterministic.
 
     Positions, blending and sums are in float32. Half-precision inputs are multiplied in their own type; float32 ones
     in tf32 if `torch.backends.cudnn.allow_tf32` (the switch of the convolutions that this replaces), else exactly.
@@ -345,6 +361,7 @@ def forward(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, 
         mask: `(B, kh*kw, H_out, W_out)` or None.
         pad_y: rows of zeros above and below.
         pad_x: columns of zeros at either side.
+        bias: `(N,)`, added in float32, or None.
 
     Returns:
         `(B, N, H_out, W_out)` in the input's type, channels_last.
@@ -363,9 +380,10 @@ def forward(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, 
         _forward_kernel[(_tiles(offset, launch), triton.cdiv(out_channels, first + second))](
             _channels_last(input), offset, offset if mask is None else mask,
             # Channels innermost: the matrix unit wants the inner dimension of a tf32 product contiguous.
-            _arrange(weight, (2, 3, 0, 1), input.dtype), output,
+            _arrange(weight, (2, 3, 0, 1), input.dtype), weight if bias is None else bias.contiguous(), output,
             *_geometry(input, offset, mask, pad_y, pad_x), **_sizes(input, offset, weight, mask),
-            N0=first, N1=second, DEPTH=depth, GROUP=min(launch.group, triton.cdiv(channels, depth)),
+            HAS_BIAS=bias is not None, N0=first, N1=second, DEPTH=depth,
+            GROUP=min(launch.group, triton.cdiv(channels, depth)),
             **_options(launch, input.dtype),
         )  # fmt: skip
     return output
