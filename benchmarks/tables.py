@@ -48,9 +48,10 @@ from glmamba_monai.networks import NETWORKS, build_network, find_network
 from glmamba_monai.networks.cost import count_cost
 
 FOLDER = Path(__file__).resolve().parent
-TRAIN, EVALUATE = (FOLDER.parent / "bundle" / "configs" / f"{name}.json" for name in ("train", "evaluate"))
+CONFIGS = FOLDER.parent / "bundle" / "configs"
+TRAIN, EVALUATE = CONFIGS / "train.json", CONFIGS / "evaluate.json"
 RUN_FILE, SLICES_FILE, LOG_FILE = "run.json", "slices.csv", "log.txt"
-COMPARED = "srcnn,srcnn_ref,glmamba_light,glmamba"  # beside the interpolations, which every evaluation brings
+COMPARED = "srcnn,srcnn_ref,glmamba_light,glmamba_paper,glmamba"  # beside the interpolations, which every evaluation brings
 
 # --- what the paper prints, PSNR / SSIM ----------------------------------------------------------------------------
 
@@ -62,6 +63,7 @@ TABLE1 = {
     "table1_ref_local": "42.35 / .9909",
     "table1_fusion": "42.43 / .9910",
     "table1_edge_loss": "42.58 / .9912",
+    "table1_guided": "–",  # ours
 }
 TABLE2_COLUMNS = {2: (0, 2), 4: (1, 3)}  # of the rows below, at each factor
 TABLE2_SETS = ("BraTS2021", "IXI")
@@ -82,7 +84,7 @@ TABLE4 = {  # parameters (M) / FLOPs (G), by the paper's way of counting
     "SANet": "7.187 / 404.7",
     "GLMamba": "1.187 / 32.27",
 }
-PUBLISHED_AS = {"srcnn": "SRCNN", "glmamba": "GLMamba"}
+PUBLISHED_AS = {"srcnn": "SRCNN", "glmamba_paper": "GLMamba"}
 
 # --- how the rows are trained --------------------------------------------------------------------------------------
 
@@ -91,7 +93,8 @@ PUBLISHED_AS = {"srcnn": "SRCNN", "glmamba": "GLMamba"}
 LEARNING_RATES = {
     "srcnn": 1e-3,
     "srcnn_ref": 1e-3,
-    "glmamba_light": 8e-4,
+    "glmamba_light": 1.5e-3,
+    "glmamba_paper": 8e-4,
     "glmamba": 8e-4,
     **dict.fromkeys(TABLE1, 8e-4),
 }
@@ -179,6 +182,7 @@ class Protocol:
         folds: whom to hold out. None: the split of the bundle (``--validation``; a datalist's own, if it has one), as
             one fold; "all": each patient in turn; or names of subjects, each in turn.
         learning_rates: those that differ from :data:`LEARNING_RATES`.
+        overlays: names of configs of the bundle that are laid over ``train.json`` in every training.
         options: further arguments of the bundle, for every training and evaluation.
 
     Raises:
@@ -191,6 +195,7 @@ class Protocol:
         output_dir: str,
         folds: object = None,
         learning_rates: Mapping[str, float] | None = None,
+        overlays: str | Sequence[str] = (),
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.runs_dir = require_writable(Path(output_dir) / "runs")
@@ -200,8 +205,13 @@ class Protocol:
         self.learning_rates = {**LEARNING_RATES, **(learning_rates or {})}
         for name in self.learning_rates:
             find_network(name)
+        self.overlays = names(overlays) if overlays else []
+        self.training = [TRAIN, *(CONFIGS / f"{name}.json" for name in self.overlays)]
+        for config in self.training:
+            if not config.is_file():
+                raise FileNotFoundError(f"overlays={overlays!r}: there is no {config}")
         parser = ConfigParser()
-        parser.read_config([str(TRAIN), str(EVALUATE)])
+        parser.read_config([str(config) for config in (*self.training, EVALUATE)])
         for name in self.options:
             if name in OWN or name.partition("#")[0] not in parser:
                 raise ValueError(f"--{name}: is no argument of this command, nor one of the bundle that it passes on")
@@ -240,7 +250,7 @@ class Protocol:
         settings = {
             **{name: value for name, value in self.options.items() if name not in PLACES},
             **self.pair,
-            **(self.length if trained else {}),
+            **({**self.length, "overlays": self.overlays} if trained else {}),
             "learning_rate": self.learning_rates[run.network] if trained else None,
             "subjects": self.subjects,
             "held_out": self.held_out[run.fold],
@@ -279,7 +289,7 @@ class Protocol:
             record["history"] = []
             if has_parameters(run.network):
                 rate = {"learning_rate": settings["learning_rate"], "resume": True}
-                run_bundle("training", [TRAIN], {**options, **rate}, folder / LOG_FILE, place)
+                run_bundle("training", self.training, {**options, **rate}, folder / LOG_FILE, place)
                 record["history"] = read_checkpoint(checkpoint)["history"]
             write_json(folder / RUN_FILE, record)
         # The last epoch's weights: those of the best one, model.pt, were chosen on the subjects of the table.
@@ -834,10 +844,11 @@ def table1(
     seeds: int | tuple[int, ...] = 0,
     folds: str | list[str] | None = None,
     learning_rates: dict[str, float] | None = None,
+    overlays: str | tuple[str, ...] = (),
     jobs: int = 1,
     **options: Any,
 ) -> None:
-    """The ablation: the seven rows of Table 1 in the paper's order.
+    """The ablation: the seven rows of Table 1 in the paper's order, and ours.
 
     Args:
         dataset_dir: folder of subjects in one of the layouts, or a JSON datalist.
@@ -847,11 +858,13 @@ def table1(
         folds: whom to hold out: nothing for the bundle's split (--validation), "all" for each patient in turn, or names
             of subjects, each in turn.
         learning_rates: those that differ from the ones in this file, such as "{'table1_fusion': 4e-4}".
+        overlays: configs of the bundle to lay over train.json in every training, separated by commas, such as
+            "train_general,train_contrasts" (docs/training.md).
         jobs: trainings side by side, spread over the visible GPUs by CUDA_VISIBLE_DEVICES. Several on one GPU, or more
             than the processor's cores can feed, lengthen the seconds that the table and the curve show.
         options: further arguments of the bundle, such as --epochs, --crop_size, --cache_dir, --amp or --device.
     """
-    protocol = Protocol(dataset_dir, output_dir, folds, learning_rates, options)
+    protocol = Protocol(dataset_dir, output_dir, folds, learning_rates, overlays, options)
     Table(
         "Table 1: what each part of the network brings",
         Path(output_dir) / "table1.md",
@@ -871,6 +884,7 @@ def table2(
     seeds: int | tuple[int, ...] = 0,
     folds: str | list[str] | None = None,
     learning_rates: dict[str, float] | None = None,
+    overlays: str | tuple[str, ...] = (),
     jobs: int = 1,
     **options: Any,
 ) -> None:
@@ -885,11 +899,13 @@ def table2(
         folds: whom to hold out: nothing for the bundle's split (--validation), "all" for each patient in turn, or names
             of subjects, each in turn.
         learning_rates: those that differ from the ones in this file, such as "{'srcnn_ref': 2e-3}".
+        overlays: configs of the bundle to lay over train.json in every training, separated by commas, such as
+            "train_general,train_contrasts" (docs/training.md).
         jobs: trainings side by side, spread over the visible GPUs by CUDA_VISIBLE_DEVICES. Several on one GPU, or more
             than the processor's cores can feed, lengthen the seconds that the table and the curve show.
         options: further arguments of the bundle, such as --epochs, --crop_size, --cache_dir, --amp or --device.
     """
-    protocol = Protocol(dataset_dir, output_dir, folds, learning_rates, options)
+    protocol = Protocol(dataset_dir, output_dir, folds, learning_rates, overlays, options)
 
     def published(scale: int) -> dict[str, dict[str, str]]:
         columns = zip(TABLE2_SETS, TABLE2_COLUMNS.get(scale, ()))

@@ -277,6 +277,7 @@ class FakeBundle:
     def __init__(self, tables, monkeypatch):
         self.tables = tables
         self.calls = []
+        self.configs = []
         self.environments = []
         self.failing = {}
         self.meeting = None
@@ -284,6 +285,7 @@ class FakeBundle:
 
     def __call__(self, run_id, configs, options, log, place):
         self.calls.append((run_id, options))
+        self.configs.append([config.stem for config in configs])
         self.environments.append(place.environment)
         if self.meeting is not None:  # all runs at the same time, or none
             self.meeting.wait(timeout=30)
@@ -377,6 +379,17 @@ def test_every_row_is_trained_alike_at_its_own_rate(tables, bundle, arguments):
     assert alike[0] == alike[1] and SHORT.items() <= alike[0].items()
 
 
+def test_overlays_are_of_the_trainings_alone_and_part_of_the_protocol(tables, bundle, arguments, capsys):
+    more = {"networks": "srcnn", "overlays": "train_general,train_contrasts"}
+    tables.table2(**arguments, **more)
+    assert bundle.configs == [["train", "train_general", "train_contrasts"], ["train", "evaluate"]]
+    with pytest.raises(SystemExit):
+        tables.table2(**arguments, **{**more, "overlays": "train_general"})
+    assert "holds a run with another overlays" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"overlays='train_genera': there is no .*train_genera\.json"):
+        tables.table2(**arguments, **{**more, "overlays": "train_genera"})
+
+
 def test_order_of_the_runs(tables, dataset_dir, tmp_path):
     protocol = tables.Protocol(dataset_dir, str(tmp_path / "out"), ["sub00", "sub01"])
     runs = tables.plan(protocol, ["zero_filling", "srcnn", "glmamba"], [2, 4], [0, 1])
@@ -452,8 +465,9 @@ def test_table_1_in_the_papers_order(tables, bundle, arguments):
     text = (Path(arguments["output_dir"]) / "table1.md").read_text()
     head, *rows = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines() if "| " in line]
     assert [row[0] for row in rows[1:]] == ["zero_filling", "bicubic", *tables.TABLE1]
-    assert dict(zip(head, rows[-1]))["published, another protocol: BraTS2021"] == "42.58 / .9912"
-    assert len(bundle.calls) == 2 * 2 * 7
+    assert dict(zip(head, rows[-2]))["published, another protocol: BraTS2021"] == "42.58 / .9912"
+    assert dict(zip(head, rows[-1]))["published, another protocol: BraTS2021"] == "–"  # ours
+    assert len(bundle.calls) == 2 * 2 * 8
 
 
 # --- side by side
