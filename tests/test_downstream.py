@@ -207,6 +207,24 @@ def test_a_subject_alone_has_no_interval():
     assert "nan" not in format_dice(summarise_dice(rows_of(original=[0.0], net=[0.0])))
 
 
+def test_a_method_is_compared_on_its_own_subjects():
+    """A fold that lacks a network, or a subject in which nothing is found, does not shift the comparison."""
+    rows = rows_of(original=[0.9, 0.5, 0.7], net=[0.9, 0.4], other=[0.8, 0.4, 0.5])
+    rows[-1]["hd95_mm"] = math.nan
+    summary = summarise_dice(rows)["4x"]
+    assert summary["net"]["kept"] == pytest.approx(0.65 / 0.7) and summary["net"]["dice"]["subjects"] == 2
+    assert summary["other"]["kept"] == pytest.approx(1.7 / 2.1)
+    table = format_dice({"4x": summary})
+    assert "| net | 0.6500 ± 0.3536 (of 2) |" in table and "| 1.00 ± 0.00 (of 2) |" in table
+
+    against = summarise_dice(rows, "other")["4x"]
+    assert against["net"]["difference"]["mean"] == pytest.approx(0.05)
+    assert against["net"]["kept"] == summary["net"]["kept"]
+    assert "Dice minus that of other" in format_dice({"4x": against}, "other")
+    with pytest.raises(ValueError, match="no rows of 'nothing' at 4x, expected one of original, net, other"):
+        summarise_dice(rows, "nothing")
+
+
 def test_merged_folds(tmp_path, chain):
     chain(lambda truth: truth)
     file = tmp_path / "out" / "dice.csv"

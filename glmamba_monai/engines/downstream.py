@@ -396,23 +396,36 @@ def merged_rows(files: Sequence[str | os.PathLike[str]]) -> list[Row]:
     return list(merged.values())
 
 
-def summarise_dice(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
+def summarise_dice(rows: Sequence[Row], against: str = ORIGINAL) -> dict[str, dict[str, dict[str, Any]]]:
     """``{scale: {method: figures}}``, methods from worst to best mean Dice.
 
-    The figures are the mean and SD (n - 1) over subjects of Dice and HD95; ``kept``, the mean Dice over that of the
-    originals; and ``difference``, the mean of the paired differences of Dice to the originals, with the interval of
-    Student's t. A subject without a value (NaN) does not count; one subject has neither SD nor interval (NaN).
+    The figures are the mean and SD (n - 1) over subjects of Dice and HD95 (mm), with the number of subjects; ``kept``,
+    the mean Dice over that of the originals of the same subjects; and ``difference``, the mean of the paired
+    differences of Dice to the method ``against``, with the interval of Student's t. A subject without a value (NaN)
+    does not count; one subject has neither SD nor interval (NaN).
+
+    Args:
+        rows: of :func:`read_rows` or :func:`merged_rows`. Not every method needs to have every subject.
+        against: the method that the others are compared to.
+
+    Raises:
+        ValueError: at one of the factors there are no rows of ``against``.
     """
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for scale in dict.fromkeys(row["scale"] for row in rows):
         of_scale = [row for row in rows if row["scale"] == scale]
-        original = {row["subject"]: row["dice"] for row in of_scale if row["method"] == ORIGINAL}
-        whole = _mean_sd(list(original.values()))["mean"]
+        original, other = (
+            {row["subject"]: row["dice"] for row in of_scale if row["method"] == name} for name in (ORIGINAL, against)
+        )
+        if not other:
+            found = ", ".join(dict.fromkeys(row["method"] for row in of_scale))
+            raise ValueError(f"against: there are no rows of {against!r} at {scale}, expected one of {found}")
         methods = {}
         for method in dict.fromkeys(row["method"] for row in of_scale):
             of_method = [row for row in of_scale if row["method"] == method]
             dice, hd95 = (_mean_sd([row[name] for row in of_method]) for name in ("dice", "hd95_mm"))
-            differences = [row["dice"] - original[row["subject"]] for row in of_method if row["subject"] in original]
+            differences = [row["dice"] - other[row["subject"]] for row in of_method if row["subject"] in other]
+            whole = _mean_sd([original.get(row["subject"], math.nan) for row in of_method])["mean"]
             methods[method] = {
                 "dice": dice,
                 "hd95_mm": hd95,
@@ -439,15 +452,20 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return figures["mean"] - half, figures["mean"] + half
 
 
-def format_dice(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """A Markdown table for each factor."""
+def format_dice(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], against: str = ORIGINAL) -> str:
+    """A Markdown table for each factor; a mean over fewer subjects than the others says of how many.
+
+    Args:
+        summary: of :func:`summarise_dice`.
+        against: the method that it compares the others to.
+    """
     tables = []
     for scale, methods in summary.items():
         subjects = max(figures["dice"]["subjects"] for figures in methods.values())
         lines = [
             f"Segmentation at {scale}, {subjects} held-out subject(s), mean ± SD over subjects",
             "",
-            "| method | Dice | of the originals' | HD95 (mm) | Dice minus original's (95 % interval) |",
+            f"| method | Dice | of the originals' | HD95 (mm) | Dice minus that of {against} (95 % interval) |",
             "| --- | ---: | ---: | ---: | ---: |",
         ]
         for method, figures in methods.items():
@@ -455,19 +473,22 @@ def format_dice(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             bounds = f" ({low:+.4f} to {high:+.4f})" if math.isfinite(low) else ""
             cells = [
                 method,
-                _mean_and_sd(figures["dice"], 4),
+                _mean_and_sd(figures["dice"], 4, subjects),
                 f"{100 * figures['kept']:.1f} %" if math.isfinite(figures["kept"]) else "",
-                _mean_and_sd(figures["hd95_mm"], 2),
-                "" if method == ORIGINAL else f"{difference['mean']:+.4f}{bounds}",
+                _mean_and_sd(figures["hd95_mm"], 2, subjects),
+                "" if method == against else f"{difference['mean']:+.4f}{bounds}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
-def _mean_and_sd(figures: Mapping[str, float], digits: int) -> str:
+def _mean_and_sd(figures: Mapping[str, float], digits: int, subjects: int) -> str:
+    if not figures["subjects"]:
+        return ""
     sd = f" ± {figures['sd']:.{digits}f}" if math.isfinite(figures["sd"]) else ""
-    return f"{figures['mean']:.{digits}f}{sd}"
+    fewer = f" (of {figures['subjects']})" if figures["subjects"] < subjects else ""
+    return f"{figures['mean']:.{digits}f}{sd}{fewer}"
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
