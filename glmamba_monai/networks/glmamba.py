@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from glmamba_monai.ops import (
     bias_silu,
@@ -152,10 +153,20 @@ class MambaBlock(nn.Module):
         """``(B, H, W, C)`` to the same shape."""
         h = norm_gate(x, self.norm.weight, self.norm.bias)
         # The depthwise convolution sees the whole map; only the scan is cut into quadrants.
-        u = self.ss2d(self.depthwise(self.to_scan(h)))
+        u = self.ss2d(self._recomputed_scan_input(h))
         y = self.to_out(norm_gate(u, self.scan_norm.weight, self.scan_norm.bias, self.to_gate(h)))
         y = self.mix(y.permute(0, 3, 1, 2))
         return torch.addcmul(x, y.permute(0, 2, 3, 1), self.attention(y).permute(0, 2, 3, 1))
+
+    def _scan_input(self, h: Tensor) -> Tensor:
+        return self.depthwise(self.to_scan(h))
+
+    def _recomputed_scan_input(self, h: Tensor) -> Tensor:
+        """``_scan_input``; a training step computes it again instead of keeping its two maps (docs/performance.md)."""
+        if not torch.jit.is_scripting() and self.training and torch.is_grad_enabled():
+            # Nothing is drawn at random; the generator's state could not be read while a CUDA graph is captured.
+            return checkpoint(self._scan_input, h, use_reentrant=False, preserve_rng_state=False)
+        return self._scan_input(h)
 
 
 class OffsetsAndMask(nn.Conv2d):
