@@ -51,7 +51,7 @@ FOLDER = Path(__file__).resolve().parent
 CONFIGS = FOLDER.parent / "bundle" / "configs"
 TRAIN, EVALUATE = CONFIGS / "train.json", CONFIGS / "evaluate.json"
 RUN_FILE, SLICES_FILE, LOG_FILE = "run.json", "slices.csv", "log.txt"
-COMPARED = "srcnn,srcnn_ref,glmamba_light,glmamba_paper,glmamba"  # beside the interpolations, which every evaluation brings
+COMPARED = "srcnn,srcnn_ref,glmamba_light,glmamba_paper,glmamba"  # every evaluation brings the interpolations
 
 # --- what the paper prints, PSNR / SSIM ----------------------------------------------------------------------------
 
@@ -88,8 +88,8 @@ PUBLISHED_AS = {"srcnn": "SRCNN", "glmamba_paper": "GLMamba"}
 
 # --- how the rows are trained --------------------------------------------------------------------------------------
 
-# Starting points, from short prototypes at 2x: for figures to publish, let each network try several rates
-# (--learning_rates) on subjects that are not in the table.
+# The best of those that were tried on subjects that are not in our tables (docs/training.md), or starting points: for
+# figures to publish, let each network try several rates (--learning_rates) on subjects that are not in the table.
 LEARNING_RATES = {
     "srcnn": 1e-3,
     "srcnn_ref": 1e-3,
@@ -792,6 +792,7 @@ def write_curve(output_dir: Path) -> str:
     write_csv(output_dir / "curve.csv", rows, CURVE_COLUMNS)
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
     except ImportError:
         return f"curve: {output_dir / 'curve.csv'}; no picture, since matplotlib is not installed"
     scales, networks = (sorted({row[key] for row in rows}) for key in ("scale", "network"))
@@ -811,6 +812,9 @@ def write_curve(output_dir: Path) -> str:
             )
             labelled.add(network)
         axes.set(title=f"{scale}x", xlabel="training (s)", ylabel="PSNR over zero-filling (dB)", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend()
     write_atomically(output_dir / "curve.png", lambda p: figure.savefig(p, dpi=150))

@@ -35,8 +35,8 @@ class Stopwatch:
         device: cpu or cuda.
         seconds: time spent on each call, in at least 3 runs and at most 100.
         threads: CPU threads.
-        head_start: how often the buffer is read, a third of a millisecond each on an H100. A call that the host launches
-            within that time is timed as it runs in a CUDA graph, without waiting for the host.
+        head_start: how often the buffer is read, a third of a millisecond each on an H100. A call that the host
+            launches within that time is timed as it runs in a CUDA graph, without waiting for the host.
     """
 
     def __init__(self, device: str, seconds: float, threads: int, head_start: int = 1) -> None:

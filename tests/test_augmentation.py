@@ -96,6 +96,35 @@ def test_without_chance_a_slice_is_that_of_the_single_scale_training(subjects, v
     assert compared
 
 
+def test_the_overlay_for_one_factor_leaves_out_what_serves_generality():
+    """train_contrasts.json names transforms by their position in train_general.json."""
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in ("train", "train_general", "train_contrasts")])
+    parser["scale"] = 3
+    steps = parser.get_parsed_content("train#augmentation").transforms
+    names = [type(step).__name__ for step in steps]
+    probabilities = [getattr(step, "prob", None) for step in steps]
+    assert dict(zip(names[:4] + names[5:7], probabilities[:4] + probabilities[5:7])) == {
+        "RandPixelSized": 0,
+        "RandAffined": 0.2,
+        "RandAdjustContrastd": 0.15,
+        "RandHistogramShiftd": 0,
+        "RandScaleIntensityd": 0.5,
+        "RandRicianNoised": 0,
+    }
+    assert (names[4], names[7], names[8]) == ("RandLambdad", "RandLambdad", "RandScaleIntensityd")
+    assert (probabilities[4], probabilities[7], probabilities[8]) == (0.02, 0, 0.5)
+    degrade = steps[9]
+    assert isinstance(degrade, RandLowResolutiond)
+    for seed in range(50):
+        degrade.set_random_state(seed=seed)
+        degrade.randomize()
+        assert (degrade.factor, degrade.mode, degrade.noise) == (3, "crop", 0)
+    assert parser.get_parsed_content("validation_scales") == [3]
+    slices = parser["train#slices"]
+    assert (slices["first_pair"], slices["wrong_reference"]) == (0.7, 0)
+
+
 def test_the_divisor_between_factors_is_that_of_the_volume(volumes, subjects):
     items, _ = subjects
     for factor in FACTORS:

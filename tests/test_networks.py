@@ -13,6 +13,7 @@ from glmamba_monai.networks.glmamba import (
     SS2D,
     ChannelAttention,
     DeformBlock,
+    MambaBlock,
     MultiModalityFusion,
     OffsetsAndMask,
 )
@@ -282,6 +283,32 @@ def test_cuda_equals_cpu(name):
         expected = network(x)
         found = network.cuda()(x.cuda()).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def kept_bytes(network: nn.Module, x: torch.Tensor) -> int:
+    """What the forward pass keeps for the backward pass, each piece of memory once."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = network(x)
+    del y
+    return sum(kept.values())
+
+
+def test_a_training_step_recomputes_the_scan_s_input(monkeypatch):
+    torch.manual_seed(0)
+    network, x = tiny("glmamba").train(), torch.rand(2, 2, 32, 32)
+    found, less = torch.autograd.grad(network(x).square().mean(), [*network.parameters()]), kept_bytes(network, x)
+    monkeypatch.setattr(MambaBlock, "_recomputed_scan_input", MambaBlock._scan_input)
+    expected, more = torch.autograd.grad(network(x).square().mean(), [*network.parameters()]), kept_bytes(network, x)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    maps = 2 * 2 * (2 * 16 * 16 * 2 * TINY["channels"] * 4)  # two maps of D channels in each branch's block, float32
+    assert maps <= more - less < 1.05 * maps  # and the weights that only they need
 
 
 # --- Cost (docs/method.md, cost) ---

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from glmamba_monai.engines import GraphInferer
+from glmamba_monai.engines import GradientLimit, GraphInferer, SliceTrainer
 from glmamba_monai.networks import build_network
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -24,6 +24,26 @@ def losses_of_training(network, inferer, batches, autocast=False):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 3.0), (0.01, 0.2)], ids=["shorter", "longer"])
+def test_a_long_gradient_is_shortened_and_a_short_one_left(scale, expected):
+    """SGD with rate 1: the step that is taken is the gradient."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    batch = {"image": torch.tensor([[20.0 * scale]]), "label": torch.tensor([[1.0]])}
+    trainer = SliceTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[batch],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        loss_function=nn.L1Loss(),
+        train_handlers=[GradientLimit(network, longest=3.0)],
+        decollate=False,
+    )
+    trainer.run()
+    assert network.weight.item() == pytest.approx(expected)
 
 
 def test_on_a_cpu_the_network_runs_as_it_is():

@@ -38,7 +38,7 @@ REAL_DATA = TrainingPlan(
     iterations_per_epoch=250,
     batch_size=4,
     crop_size=None,
-    warmup_steps=50,
+    warmup_steps=500,
     val_interval=1,
     val_slices=16,
 )
