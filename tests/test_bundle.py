@@ -24,8 +24,9 @@ from glmamba_monai.networks import build_network
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundle"
 CONFIGS = BUNDLE / "configs"
-TRAIN, EVALUATE, INFERENCE, MULTI_GPU, GENERAL = (
-    str(CONFIGS / f"{name}.json") for name in ("train", "evaluate", "inference", "multi_gpu_train", "train_general")
+TRAIN, EVALUATE, INFERENCE, MULTI_GPU, GENERAL, CONTRASTS = (
+    str(CONFIGS / f"{name}.json")
+    for name in ("train", "evaluate", "inference", "multi_gpu_train", "train_general", "train_contrasts")
 )
 # Seconds instead of minutes; everything else as it is.
 SHORT = {
@@ -347,12 +348,22 @@ def test_training_for_every_factor(tmp_path, make_subject_folder, results):
     assert {row["subject"] for row in found.values()} == {"sub00"}
 
 
+def test_training_for_one_factor_on_all_contrasts(tmp_path, make_subject_folder, results):
+    make_subject_folder(tmp_path / "data", n=3, contrasts=("t1", "t2", "flair", "seg"))
+    setup = {"num_workers": 0, "validation": ["sub00"], "scale": 4}
+    made = train(str(tmp_path / "data"), results, [TRAIN, GENERAL, CONTRASTS], **setup)
+    rows = made.parser.get_parsed_content("validate#key_metric#val_psnr").rows
+    assert {row["subject"] for row in rows} == {"sub00 at 4x"}
+    assert [len(volume["images"]) for volume in made.parser.get_parsed_content("train#dataset")] == [3, 3]
+    assert (results / "model.pt").is_file()
+
+
 # --- Checks of the model zoo ---
 
 
 @pytest.mark.parametrize(
     ("files", "kind"),
-    [(TRAIN, "train"), ([TRAIN, EVALUATE], "train"), ([TRAIN, GENERAL], "train"), (INFERENCE, "infer")],
+    [(TRAIN, "train"), ([TRAIN, EVALUATE], "train"), ([TRAIN, GENERAL, CONTRASTS], "train"), (INFERENCE, "infer")],
     ids=str,
 )
 def test_every_property_of_a_bundle_is_there(files, kind, dataset_dir, results, tmp_path):
