@@ -92,7 +92,7 @@ def main(
     target: str = "t2",
     reference: str = "t1",
     slices: int | None = 24,
-    batch_size: int = 4,
+    batch_size: int = 1,
     device: str = "cpu",
 ) -> None:
     """Print a Markdown table; data and metrics are those of evaluate.json.
