@@ -101,7 +101,7 @@ LEARNING_RATES = {
 # Options that say where a run happens. It may go on elsewhere; every other option must stay as it was.
 PLACES = ("dataset_dir", "cache_dir", "cache_rate", "num_workers", "device")
 OWN = ("network", "scale", "seed", "learning_rate", "output_dir", "resume", "weights")  # each run has its own
-LENGTH = ("epochs", "iterations_per_epoch", "batch_size", "crop_size")
+LENGTH = ("epochs", "iterations_per_epoch", "batch_size", "crop_size", "warmup_steps")
 MIN_SUBJECTS = 5  # below, no test over subjects can find anything
 MAX_LISTED = 40  # held-out subjects that a table names one by one
 NOTHING = "–"
@@ -216,6 +216,10 @@ class Protocol:
             if name in OWN or name.partition("#")[0] not in parser:
                 raise ValueError(f"--{name}: is no argument of this command, nor one of the bundle that it passes on")
         parser.update(self.options)
+        evaluation = ConfigParser()
+        evaluation.read_config([str(TRAIN), str(EVALUATE)])
+        # An option of what only an overlay has would be an error there.
+        self.of_trainings = {name for name in self.options if "#" in name and name.rpartition("#")[0] not in evaluation}
         self.length = {name: parser.get_parsed_content(name) for name in LENGTH}
         self.pair = {name: parser[name] for name in ("target", "reference")}
         datalist, split = find_items(dataset_dir, **self.pair, layout=parser["layout"])
@@ -297,6 +301,7 @@ class Protocol:
         metric = "validate#key_metric#val_psnr"
         per_slice = {f"{metric}#_target_": "tables.SliceMetrics", f"{metric}#file": str(folder / SLICES_FILE)}
         options.pop("val_slices", None)  # those of the validations between epochs; the table is of all slices
+        options = {name: value for name, value in options.items() if name not in self.of_trainings}
         options |= {**weights, **per_slice}
         run_bundle("evaluating", [TRAIN, EVALUATE], options, folder / LOG_FILE, place)
         return True
@@ -721,6 +726,7 @@ class Table:
             f"# {self.title}",
             f"{date.today()}, {machine}, torch {torch.__version__}. "
             f"Target {protocol.pair['target']}, reference {protocol.pair['reference']}. Every network: "
+            f"{' + '.join(config.stem for config in protocol.training)}; "
             f"{length['epochs']} x {length['iterations_per_epoch']} steps of {length['batch_size']} {crops}, the same "
             f"subjects, the weights of the last epoch. Held out: {fold_names}; "
             f"seed {', '.join(map(str, sorted({run.seed for run in self.runs})))}.",

@@ -131,6 +131,6 @@ def _onnx_scan(dt: FLOAT[...], dt_u: FLOAT[...], A: FLOAT[...], B: FLOAT[...], C
     return y
 
 
-def _onnx_deform_conv(input: Any, offset: Any, weight: Any, mask: Any, pad_y: int, pad_x: int) -> Any:
+def _onnx_deform_conv(input: Any, offset: Any, weight: Any, mask: Any, pad_y: int, pad_x: int, bias: Any = None) -> Any:
     """``glmamba::deform_conv2d``, whose conventions are torchvision's, as are ONNX's."""
-    return opset19.DeformConv(input, weight, offset, None, mask, pads=[pad_y, pad_x, pad_y, pad_x])
+    return opset19.DeformConv(input, weight, offset, bias, mask, pads=[pad_y, pad_x, pad_y, pad_x])

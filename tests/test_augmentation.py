@@ -96,11 +96,12 @@ def test_without_chance_a_slice_is_that_of_the_single_scale_training(subjects, v
     assert compared
 
 
-def test_the_overlay_for_one_factor_leaves_out_what_serves_generality():
+@pytest.mark.parametrize("scale", [2.5, 3])
+def test_the_overlay_for_one_factor_leaves_out_what_serves_generality(scale):
     """train_contrasts.json names transforms by their position in train_general.json."""
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / f"{name}.json") for name in ("train", "train_general", "train_contrasts")])
-    parser["scale"] = 3
+    parser["scale"] = scale
     steps = parser.get_parsed_content("train#augmentation").transforms
     names = [type(step).__name__ for step in steps]
     probabilities = [getattr(step, "prob", None) for step in steps]
@@ -119,8 +120,8 @@ def test_the_overlay_for_one_factor_leaves_out_what_serves_generality():
     for seed in range(50):
         degrade.set_random_state(seed=seed)
         degrade.randomize()
-        assert (degrade.factor, degrade.mode, degrade.noise) == (3, "crop", 0)
-    assert parser.get_parsed_content("validation_scales") == [3]
+        assert (degrade.factor, degrade.mode, degrade.noise) == (scale, "crop", 0)
+    assert parser.get_parsed_content("validation_scales") == [scale]
     slices = parser["train#slices"]
     assert (slices["first_pair"], slices["wrong_reference"]) == (0.7, 0)
 

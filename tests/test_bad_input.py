@@ -257,7 +257,7 @@ def test_a_slice_axis_that_does_not_exist(tmp_path, data, pair, results, kind):
 def test_an_unknown_network(tmp_path, pair, results, kind):
     source = pair if kind == "infer" else {"dataset_dir": tmp_path / "data"}
     message = refused(kind, tmp_path, **source, output_dir=results, network="gan")
-    assert message.startswith("network 'gan' is unknown; known are glmamba, glmamba_light, ")
+    assert message.startswith("network 'gan' is unknown; known are glmamba, glmamba_paper, glmamba_light, ")
 
 
 @pytest.mark.parametrize("kind", FILES)

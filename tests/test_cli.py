@@ -162,7 +162,7 @@ def test_cost_prints_the_published_numbers(command):
     status, out, _ = command("cost")
     assert status == 0
     rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("| ")}
-    columns = [float(value) for value in rows["glmamba"].split("|")[2:-1]]
+    columns = [float(value) for value in rows["glmamba_paper"].split("|")[2:-1]]
     assert columns[:2] == pytest.approx([2.24, 74.5], abs=0.06)
     assert columns[3:] == pytest.approx([1.195, 32.42], abs=0.06)
     assert {"glmamba_light", "srcnn", "srcnn_ref", "bicubic", "zero_filling"} <= rows.keys()

@@ -383,11 +383,22 @@ def test_overlays_are_of_the_trainings_alone_and_part_of_the_protocol(tables, bu
     more = {"networks": "srcnn", "overlays": "train_general,train_contrasts"}
     tables.table2(**arguments, **more)
     assert bundle.configs == [["train", "train_general", "train_contrasts"], ["train", "evaluate"]]
+    text = (Path(arguments["output_dir"]) / "table2.md").read_text()
+    assert "Every network: train + train_general + train_contrasts; 2 x 2 steps" in text
     with pytest.raises(SystemExit):
         tables.table2(**arguments, **{**more, "overlays": "train_general"})
     assert "holds a run with another overlays" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"overlays='train_genera': there is no .*train_genera\.json"):
         tables.table2(**arguments, **{**more, "overlays": "train_genera"})
+
+
+def test_an_option_of_an_overlay_alone_is_no_option_of_the_evaluation(tables, bundle, arguments):
+    own = {"train#augmentation#transforms#9#noisy": 0.5, "train#slices#first_pair": 0.9}
+    tables.table2(**arguments, networks="srcnn", overlays="train_general", **own, **{"train#augmentation#keys": "image"})
+    training, evaluation = (options for _, options in bundle.calls)
+    assert own.items() <= training.items()
+    assert "train#augmentation#transforms#9#noisy" not in evaluation
+    assert evaluation["train#augmentation#keys"] == "image"  # train.json has it, too
 
 
 def test_order_of_the_runs(tables, dataset_dir, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from glmamba_monai.engines import GradientLimit, GraphInferer, SliceTrainer
+from glmamba_monai.engines.plan import training_plan
 from glmamba_monai.networks import build_network
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -24,6 +25,11 @@ def losses_of_training(network, inferer, batches, autocast=False):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(10_000, 500), (2_500, 500), (100, 20), (3, 0)])
+def test_a_short_training_has_a_short_warm_up(steps, expected):
+    assert training_plan("a data set").warmup(steps) == expected
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, 3.0), (0.01, 0.2)], ids=["shorter", "longer"])

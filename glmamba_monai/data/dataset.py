@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -79,15 +82,17 @@ class _MappedDataset(PersistentDataset):
         # Several processes may prepare the same volume at the same time: each writes a file of its own in the same
         # folder, and a rename shows it whole. (MONAI's own moves it from the temporary folder: from another disk that
         # is a copy, of which another process reads half.)
-        partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
+        partial = file.with_name(f".partial-{uuid4().hex}-{file.name}")
         try:
             with partial.open("wb") as content:
                 torch.save(convert_to_tensor(prepared, convert_numeric=False, track_meta=self.track_meta), content)
             os.replace(partial, file)
-        except PermissionError:  # a folder that may only be read
-            return prepared
-        except BaseException:
-            partial.unlink(missing_ok=True)
+        except BaseException as error:
+            with suppress(OSError):  # the error that brought us here counts
+                partial.unlink(missing_ok=True)
+            # A folder that may only be read is no reason to stop.
+            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return prepared
             raise
         return torch.load(file, weights_only=True, mmap=True)
 

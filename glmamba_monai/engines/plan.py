@@ -18,7 +18,7 @@ class TrainingPlan:
         iterations_per_epoch: steps of an epoch.
         batch_size: slices of a step, over all processes.
         crop_size: side of the random square crops in pixels; None for whole slices.
-        warmup_steps: steps over which the learning rate rises before it follows the cosine.
+        warmup_steps: steps over which the learning rate rises before it follows the cosine; see :meth:`warmup`.
         val_interval: epochs from one validation to the next.
         val_slices: slices per held-out subject in the validations during training (evenly spaced).
     """
@@ -30,6 +30,10 @@ class TrainingPlan:
     warmup_steps: int
     val_interval: int
     val_slices: int
+
+    def warmup(self, steps: int) -> int:
+        """Steps of the warm-up in a training of so many steps: at most a fifth of them."""
+        return min(self.warmup_steps, steps // 5)
 
 
 # Whole slices, as in the paper. 10,000 steps; not yet tuned.

@@ -434,8 +434,7 @@ def _native_deform(
     mask: Tensor | None,
 ) -> Tensor:
     input, offset, weight, bias, mask = _one_dtype(input, offset, weight, bias, mask)
-    y = torch.ops.glmamba.deform_conv2d.default(input, offset, weight, mask, pad_y, pad_x)
-    return y if bias is None else y + bias.view(-1, 1, 1)
+    return torch.ops.glmamba.deform_conv2d.default(input, offset, weight, mask, pad_y, pad_x, bias)
 
 
 _IMPLEMENTATIONS = {
