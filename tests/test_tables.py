@@ -394,7 +394,9 @@ def test_overlays_are_of_the_trainings_alone_and_part_of_the_protocol(tables, bu
 
 def test_an_option_of_an_overlay_alone_is_no_option_of_the_evaluation(tables, bundle, arguments):
     own = {"train#augmentation#transforms#9#noisy": 0.5, "train#slices#first_pair": 0.9}
-    tables.table2(**arguments, networks="srcnn", overlays="train_general", **own, **{"train#augmentation#keys": "image"})
+    tables.table2(
+        **arguments, networks="srcnn", overlays="train_general", **own, **{"train#augmentation#keys": "image"}
+    )
     training, evaluation = (options for _, options in bundle.calls)
     assert own.items() <= training.items()
     assert "train#augmentation#transforms#9#noisy" not in evaluation
