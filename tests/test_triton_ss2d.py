@@ -3,6 +3,7 @@
 The interpreter must be chosen before Triton is imported, so without a GPU this file runs itself in a second process.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from glmamba_monai.ops import triton_ss2d as kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
+
+HALF_TOO = [torch.float32] + ([torch.bfloat16] if ON_GPU else [])
 
 needs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs in the interpreter's process")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
@@ -88,6 +91,76 @@ def test_equals_the_step_loop_with_all_gradients(shape, local, several, monkeypa
     assert_close((y.cpu(), {name: x.cpu() for name, x in gradients.items()}), expected)
 
 
+@pytest.fixture
+def outside(monkeypatch):
+    """A function that moves tensors into the middle of NaNs; and the numbers there that a kernel then loads.
+
+    What is loaded ahead and not used shows in no result. In the interpreter every address is looked at.
+    """
+    places, loaded = [], []
+
+    def surrounded(x):
+        around = x.new_full((3, x.numel()), torch.nan)
+        around[1] = x.flatten()
+        first, size = around.data_ptr(), x.numel() * x.element_size()
+        places.append((first, first + size, first + 2 * size, first + 3 * size))
+        return around[1].view(x.shape)
+
+    if INTERPRETED:
+        interpreter = importlib.import_module("triton.runtime.interpreter")._interpreter
+        load = interpreter.load
+
+        def checked(pointers, mask, *others):
+            at = pointers[mask]
+            loaded.extend(x for a, b, c, d in places for x in at[((a <= at) & (at < b)) | ((c <= at) & (at < d))])
+            return load(pointers, mask, *others)
+
+        monkeypatch.setattr(interpreter, "load", checked)
+    return surrounded, loaded
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("h", "w", "local", "dtype", "also_masked"),
+    [
+        (2, 6, False, torch.float32, False),  # of two chunks of 3 lines, the 2 rows leave one in part and one empty
+        (2, 2, False, torch.bfloat16, True),
+        (4, 4, True, torch.float32, False),
+    ]
+    + ([(6, 2, local, dtype, True) for local in (False, True) for dtype in HALF_TOO] if ON_GPU else []),
+)
+def test_tiles_that_fill_everything_need_no_masks(h, w, local, dtype, also_masked, outside, monkeypatch):
+    surrounded, loaded = outside
+    scale, channels = (16, 64) if ON_GPU else (1, 4)
+    if INTERPRETED:  # tiles that tiny maps fill
+        monkeypatch.setattr(kernels, "CARRY", {4: kernels.Tile(2, 4), 2: kernels.Tile(2, 2)})
+        monkeypatch.setattr(kernels, "FORWARD", kernels.Tile(2, 4))
+        monkeypatch.setattr(kernels, "BACKWARD", kernels.Tile(2, 2, 2))
+    programs(monkeypatch, 1)
+    inputs = make_inputs(b=1, h=scale * h, w=scale * w, d=channels, n=2, device=DEVICE)
+    inputs |= {name: inputs[name].to(dtype) for name in ("u", "delta", "B", "C")}
+    expected = reference(inputs, local)
+    inputs = {name: surrounded(x) for name, x in inputs.items()}
+    launch = kernels._Launch(inputs["u"], inputs["A"], local)
+    assert all(launch.even(tile) for tile in (*kernels.CARRY.values(), kernels.FORWARD, kernels.BACKWARD))
+    found = all_results(inputs, local)
+    assert_close(found, expected, gradient=1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    if also_masked:
+        monkeypatch.setattr(kernels._Launch, "even", lambda *_: False)
+        assert_close(found, all_results(inputs, local), 1e-7, 1e-6)
+    assert not loaded
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [({}, True), ({"h": 12}, False), ({"w": 12}, False), ({"d": 24}, False), ({"n": 3}, False)],
+)
+def test_where_tiles_fill_everything(size, expected):
+    inputs = make_inputs(**({"b": 1, "h": 8, "w": 16, "d": 32, "n": 4} | size))
+    assert kernels._Launch(inputs["u"], inputs["A"], False).even(kernels.Tile(8, 8, 2)) == expected
+
+
 @needs_kernels
 def test_any_memory_layout_is_accepted(monkeypatch):
     programs(monkeypatch, 1e-6)
@@ -122,7 +195,7 @@ def test_without_a_bias_delta_is_the_time_step(low, high, monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize("shape", [(2, 3, 5, 19, 3), (1, 2, 2, 1, 1)] + ([(3, 50, 41, 192, 6)] if ON_GPU else []))
-@pytest.mark.parametrize("dtype", [torch.float32] + ([torch.bfloat16] if ON_GPU else []))
+@pytest.mark.parametrize("dtype", HALF_TOO)
 def test_the_time_step(shape, dtype, monkeypatch):
     monkeypatch.setattr(triton_time_step, "TILE", 64 if INTERPRETED else triton_time_step.TILE)
     *maps, channels, rank = shape
@@ -140,6 +213,8 @@ def test_the_time_step(shape, dtype, monkeypatch):
 CASES = [
     ({"b": 1, "h": 61, "w": 47, "d": 192, "n": 16}, False),
     ({"b": 3, "h": 30, "w": 62, "d": 20, "n": 5}, True),
+    ({"b": 1, "h": 40, "w": 72, "d": 96, "n": 16}, False),  # this one and the next are filled by tiles
+    ({"b": 2, "h": 80, "w": 48, "d": 32, "n": 8}, True),
     ({"b": 2, "h": 33, "w": 70, "d": 35, "n": 17}, False),
     ({"b": 1, "h": 1, "w": 300, "d": 8, "n": 8}, False),
     ({"b": 1, "h": 300, "w": 1, "d": 8, "n": 8}, False),

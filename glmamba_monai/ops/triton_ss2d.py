@@ -59,6 +59,14 @@ def _set_row(tile, index: tl.constexpr, row):
 
 
 @triton.jit
+def _below(index, count, EVEN: tl.constexpr):
+    """index < count; if EVEN, all of them by knowledge, which takes the masks out of the loads and stores."""
+    if EVEN:
+        return tl.full(index.shape, True, tl.int1)
+    return index < count
+
+
+@triton.jit
 def _load_states(place, valid):
     """A tile (GROUPS, STATES, CHANNELS) from places (STATES, GROUPS, CHANNELS).
 
@@ -118,14 +126,17 @@ def _lines(i, chunk, axis, height, width, map_width):
 
 
 @triton.jit
-def _visit(line, offset, begin, end, length, line_stride, stride, backwards, TOKENS: tl.constexpr):
+def _visit(line, offset, begin, end, length, line_stride, stride, backwards, TOKENS: tl.constexpr, EVEN: tl.constexpr):
     """Position, from the region's first, of a tile: steps `offset` and on of a chunk's line in a direction.
 
-    And which of them there are.
+    And which of them there are. If EVEN, there are all: what is loaded ahead of the chunk's end, or for an empty chunk,
+    is another tile of the region, and is not used.
     """
     step = offset + tl.arange(0, TOKENS)
-    valid = step < tl.where((line >= 0) & (begin + line < end), length, 0)
     y = tl.where(backwards, end - 1 - line, begin + line)
+    valid = _below(step, tl.where((line >= 0) & (begin + line < end), length, 0), EVEN)
+    if EVEN:
+        y = tl.minimum(tl.maximum(y, begin), end - 1)  # in this order: an empty chunk begins after the last line
     x = tl.where(backwards, length - 1 - step, step)
     return y * line_stride + x * stride, valid
 
@@ -202,6 +213,7 @@ def _carry_kernel(
     matrix_direction,
     LOCAL: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    EVEN: tl.constexpr,
     ADJOINT: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -218,8 +230,8 @@ def _carry_kernel(
     base = _first_position(region, height, width, map_height, map_width, LOCAL)
     d = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     n = tl.arange(0, STATES)
-    d_valid = d < channels
-    n_valid = n < states
+    d_valid = _below(d, channels, EVEN)
+    n_valid = _below(n, states, EVEN)
     place = n[:, None, None] * channels + d[None]
     state_valid = n_valid[:, None, None] & d_valid[None]
     rate = _load_states(A + k * states * channels + place, state_valid)
@@ -232,7 +244,7 @@ def _carry_kernel(
     state = tl.zeros((GROUPS, STATES, CHANNELS), tl.float32)
     total = tl.zeros((TOKENS, GROUPS, CHANNELS), tl.float32)
     line, offset = 0, 0
-    position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, against, TOKENS)
+    position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, against, TOKENS, EVEN)
     next_raw = _tile(delta, position, delta_token, d, t_valid, d_valid)
     next_x = _tile(source, position, channels, d, t_valid, d_valid)
     next_m = _tile(matrix, position, matrix_token, n, t_valid, n_valid)
@@ -241,7 +253,7 @@ def _carry_kernel(
         x, m = next_x.to(tl.float32), next_m.to(tl.float32)
         # The next tile's numbers travel while this one is computed.
         line, offset = _next(line, offset, length, TOKENS)
-        position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, against, TOKENS)
+        position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, against, TOKENS, EVEN)
         next_raw = _tile(delta, position, delta_token, d, t_valid, d_valid)
         next_x = _tile(source, position, channels, d, t_valid, d_valid)
         next_m = _tile(matrix, position, matrix_token, n, t_valid, n_valid)
@@ -296,6 +308,7 @@ def _forward_kernel(
     C_direction,
     LOCAL: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    EVEN: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
     STATES: tl.constexpr,
@@ -311,8 +324,8 @@ def _forward_kernel(
     base = _first_position(region, height, width, map_height, map_width, LOCAL)
     d = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     n = tl.arange(0, STATES)
-    d_valid = d < channels
-    n_valid = n < states
+    d_valid = _below(d, channels, EVEN)
+    n_valid = _below(n, states, EVEN)
     state_place = n[:, None, None] * channels + d[None]
     state_valid = n_valid[:, None, None] & d_valid[None]
     u += base * channels
@@ -335,7 +348,7 @@ def _forward_kernel(
         )  # fmt: skip
         tl.debug_barrier()  # the second direction reads what the first wrote, maybe with other threads
         line, offset = 0, 0
-        position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS)
+        position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS, EVEN)
         next_raw = _tile(delta_k, position, delta_token, d, t_valid, d_valid)
         next_x = _tile(u, position, channels, d, t_valid, d_valid)
         next_b = _tile(B_k, position, B_token, n, t_valid, n_valid)
@@ -350,7 +363,9 @@ def _forward_kernel(
             before = next_y
             # The next tile's numbers travel while this one is computed.
             line, offset = _next(line, offset, length, TOKENS)
-            position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS)
+            position, t_valid = _visit(
+                line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS, EVEN
+            )
             next_raw = _tile(delta_k, position, delta_token, d, t_valid, d_valid)
             next_x = _tile(u, position, channels, d, t_valid, d_valid)
             next_b = _tile(B_k, position, B_token, n, t_valid, n_valid)
@@ -409,6 +424,7 @@ def _backward_kernel(
     C_direction,
     LOCAL: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    EVEN: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
     STATES: tl.constexpr,
@@ -421,8 +437,8 @@ def _backward_kernel(
     base = _first_position(region, height, width, map_height, map_width, LOCAL)
     d = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     n = tl.arange(0, STATES)
-    d_valid = d < channels
-    n_valid = n < states
+    d_valid = _below(d, channels, EVEN)
+    n_valid = _below(n, states, EVEN)
     state_place = n[:, None, None] * channels + d[None]
     state_valid = n_valid[:, None, None] & d_valid[None]
     u += base * channels
@@ -454,7 +470,7 @@ def _backward_kernel(
             channels, states, state_place, state_valid, d, d_valid,
         )  # fmt: skip
         line, offset = 0, 0
-        position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS)
+        position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS, EVEN)
         next_raw = _tile(delta_k, position, delta_token, d, t_valid, d_valid)
         next_x = _tile(u, position, channels, d, t_valid, d_valid)
         next_b = _tile(B_k, position, B_token, n, t_valid, n_valid)
@@ -464,7 +480,9 @@ def _backward_kernel(
             x, b = next_x.to(tl.float32), next_b.to(tl.float32)
             # The next tile's numbers travel while this one is computed.
             line, offset = _next(line, offset, length, TOKENS)
-            position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS)
+            position, t_valid = _visit(
+                line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS, EVEN
+            )
             next_raw = _tile(delta_k, position, delta_token, d, t_valid, d_valid)
             next_x = _tile(u, position, channels, d, t_valid, d_valid)
             next_b = _tile(B_k, position, B_token, n, t_valid, n_valid)
@@ -482,7 +500,7 @@ def _backward_kernel(
         bias_gradient = tl.zeros((TOKENS, GROUPS, CHANNELS), tl.float32)
         tl.debug_barrier()  # what this program wrote (starts, first_du) is read again, maybe by other threads
         line, offset = end - begin - 1, (line_tiles - 1) * TOKENS
-        position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS)
+        position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS, EVEN)
         next_raw = _tile(delta_k, position, delta_token, d, t_valid, d_valid)
         next_x = _tile(u, position, channels, d, t_valid, d_valid)
         next_dy = _tile(dy, position, channels, d, t_valid, d_valid)
@@ -504,7 +522,9 @@ def _backward_kernel(
             tile = tl.maximum(tiles - 2 - j, 0)
             turn = tl.where(offset > 0, 0, 1)
             line, offset = line - turn, offset - TOKENS + turn * line_tiles * TOKENS
-            position, t_valid = _visit(line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS)
+            position, t_valid = _visit(
+                line, offset, begin, end, length, line_stride, stride, backwards == 1, TOKENS, EVEN
+            )
             next_raw = _tile(delta_k, position, delta_token, d, t_valid, d_valid)
             next_x = _tile(u, position, channels, d, t_valid, d_valid)
             next_dy = _tile(dy, position, channels, d, t_valid, d_valid)
@@ -604,6 +624,15 @@ class _Launch:
         self.sizes += (batch * map_height * map_width, self.chunks, self.chunk)
         self.constants = {"LOCAL": local, "SOFTPLUS": softplus, "STATES": triton.next_power_of_2(self.states)}
 
+    def even(self, tile: Tile) -> bool:
+        """Whether such tiles fill every line, the channels and the states, so that nothing needs a mask."""
+        channels, states, height, width = self.sizes[:4]
+        sizes = ((height, tile.tokens), (width, tile.tokens), (channels, tile.channels * tile.groups))
+        return states == self.constants["STATES"] and all(size % part == 0 for size, part in sizes)
+
+    def constants_of(self, tile: Tile) -> dict[str, Any]:
+        return {**tile.constants(), **self.constants, "EVEN": self.even(tile)}
+
     def zeros_per_chunk(self, like: Tensor, *shape: int) -> Tensor:
         return like.new_zeros(self.regions, 4, self.chunks, *shape, dtype=torch.float32)
 
@@ -611,11 +640,11 @@ class _Launch:
         if self.chunks > 1:
             tile = CARRY[pointers[0].dtype.itemsize]
             grid = (tile.blocks(self.channels), self.chunks - 1, 4 * self.regions)
-            _carry_kernel[grid](*pointers, *self.sizes, *strides, ADJOINT=adjoint, **tile.constants(), **self.constants)
+            _carry_kernel[grid](*pointers, *self.sizes, *strides, ADJOINT=adjoint, **self.constants_of(tile))
 
     def both_axes(self, kernel: Any, tile: Tile, *pointers: Any, strides: tuple[int, ...]) -> None:
         grid = (tile.blocks(self.channels), self.chunks, 2 * self.regions)
-        kernel[grid](*pointers, *self.sizes, *strides, **tile.constants(), **self.constants)
+        kernel[grid](*pointers, *self.sizes, *strides, **self.constants_of(tile))
 
 
 def per_token(name: str, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
