@@ -93,7 +93,15 @@ def _fake_scan_steps(dt: Tensor, dt_u: Tensor, A: Tensor, B: Tensor, C: Tensor) 
 
 
 def _ss2d_by_steps(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, local: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    local: bool,
+    training: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``glmamba::ss2d_scan`` with the loop over positions left as ``glmamba::scan_steps``.
 

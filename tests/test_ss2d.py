@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmamba_monai.ops import (
     backend_report,
@@ -298,6 +299,31 @@ def test_scripted_equals_eager_with_all_gradients(local):
         assert_close(value_and_gradients(scripted, inputs, local=local), expected, 1e-6, 1e-5)
     with pytest.raises(Exception, match="backend: found native, expected 'torch'"):
         scripted(**inputs, backend="native")
+
+
+@needs_native
+@pytest.mark.parametrize("projected", [False, True])
+def test_the_operator_is_told_whether_a_backward_pass_follows(projected):
+    inputs = make_inputs()
+    function = ss2d_scan
+    if projected:
+        function = projected_ss2d_scan
+        inputs |= {"dt": inputs.pop("delta")[..., :2], "dt_proj": torch.ones(4, 5, 2)}
+    told = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator is OPERATOR:
+                told.append(len(args) > 8 and args[8])  # a default is left out
+            return operator(*args, **(kwargs or {}))
+
+    with Noted():
+        function(**inputs)
+        inputs["D"].requires_grad_()
+        function(**inputs)
+        with torch.no_grad():
+            function(**inputs)
+    assert told == [False, True, False]
 
 
 @needs_native

@@ -58,6 +58,7 @@ def _no_unwritten_memory(monkeypatch):
 def programs(monkeypatch, number):
     """Cut the scan for this many programs a multiprocessor: more of them, more chunks."""
     monkeypatch.setattr(kernels, "PROGRAMS", number)
+    monkeypatch.setattr(kernels, "TRAINING_PROGRAMS", number)
 
 
 def all_results(inputs, local):
@@ -252,6 +253,29 @@ def test_half_inputs_are_computed_in_single_precision(dtype, local):
         assert x.dtype == inputs[name].dtype
         # Only the last rounding is left.
         assert relative(x, expected[1][name]) <= (1e-4 if x.dtype == torch.float32 else torch.finfo(dtype).eps), name
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+@pytest.mark.parametrize("number", range(1, 10))
+def test_the_backward_pass_takes_over_the_chunks(number):
+    for longest in range(1, 30):
+        u, A = torch.zeros(1, longest, 1, 1), torch.zeros(4, 1, 1)
+        first = kernels._Launch(u, A, False, chunks=number)
+        again = kernels._Launch(u, A, False, chunks=first.chunks)
+        assert (again.chunk, again.chunks) == (first.chunk, first.chunks)
+
+
+@needs_kernels
+def test_the_backward_pass_follows_either_cut(monkeypatch):
+    monkeypatch.setattr(kernels, "PROGRAMS", 1e-6)
+    monkeypatch.setattr(kernels, "TRAINING_PROGRAMS", 1000)
+    inputs = make_inputs(b=1, h=2, w=1, d=2, n=1, device=DEVICE)
+    expected = reference(inputs, False)
+    for training, count in ((False, 1), (True, 2)):
+        y, *saved = kernels.forward(*inputs.values(), False, training)
+        assert [x.shape[2] for x in saved] == [count, count]
+        grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        assert_close((y, dict(zip(inputs, kernels.backward(grad_y, *inputs.values(), False, *saved)))), expected)
 
 
 @needs_gpu

@@ -168,12 +168,13 @@ def _mamba_ssm_ss2d(*arguments: Any) -> Tensor:
 # Beside y the operator returns what its backward pass starts from: the states that the native kernels noted, or what
 # each chunk of the Triton kernels adds to the states, and that chunk's sum of time steps (empty for the native ones).
 # Without delta_bias, delta is the time step itself, after softplus, but the gradients of both are still those before
-# softplus: this is for `projected_ss2d_scan` and the Triton kernels alone.
+# softplus: this is for `projected_ss2d_scan` and the Triton kernels alone. `training` is a hint that a backward pass
+# will follow, which an operator's kernels cannot see: the Triton kernels cut the map for it.
 
 torch.library.define(
     "glmamba::ss2d_scan",
-    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, bool local)"
-    " -> (Tensor y, Tensor states, Tensor time_steps)",
+    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? delta_bias, bool local,"
+    " bool training=False) -> (Tensor y, Tensor states, Tensor time_steps)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -191,18 +192,26 @@ def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.impl("glmamba::ss2d_scan", "cpu")
 def _native_forward(u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y, states = backends.load_backend("ss2d_scan", "native").scan_forward(u, *arguments)
+    y, states = backends.load_backend("ss2d_scan", "native").scan_forward(u, *arguments[:7])
     return y, states, u.new_empty(0)
 
 
 @torch.library.register_fake("glmamba::ss2d_scan")
 def _fake_forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor | None, local: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor | None,
+    local: bool,
+    training: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = u.new_empty(u.shape, dtype=torch.float32)
     batch, height, width, channels = u.shape
     if u.is_cuda:
-        launch = backends.load_backend("ss2d_scan", "triton")._Launch(u, A, local)
+        launch = backends.load_backend("ss2d_scan", "triton")._Launch(u, A, local, training=training)
         return y, launch.zeros_per_chunk(u, launch.states, channels), launch.zeros_per_chunk(u, channels)
     regions, length = (4 * batch, height // 2 * (width // 2)) if local else (batch, height * width)
     chunks, blocks, groups = (
@@ -240,7 +249,7 @@ def _fake_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.local = inputs
+    *tensors, ctx.local, _ = inputs
     assert tensors[6] is not None, "delta_bias"
     _, states, time_steps = output
     ctx.mark_non_differentiable(states, time_steps)
@@ -251,7 +260,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     *tensors, states, time_steps = ctx.saved_tensors
     gradients = torch.ops.glmamba.ss2d_scan_backward.default(grad_y, *tensors, ctx.local, states, time_steps)
-    return *gradients, None
+    return *gradients, None, None
 
 
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
@@ -267,12 +276,17 @@ def _as_read(x: Tensor) -> Tensor:
     return backends.for_triton(x) if x.is_cuda else x.float()
 
 
+def _needs_gradients(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
 def _kernel_ss2d(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, local: bool
 ) -> Tensor:
     u, delta, B, C = (_as_read(x) for x in (u, delta, B, C))
     A, D, delta_bias = A.float(), D.float(), delta_bias.float()
-    return torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, delta_bias, local)[0]
+    training = _needs_gradients(u, delta, A, B, C, D, delta_bias)
+    return torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, delta_bias, local, training)[0]
 
 
 _IMPLEMENTATIONS = {
@@ -322,7 +336,8 @@ def projected_ss2d_scan(
         name = "torch" if u.is_meta else backends.backend_for("ss2d_scan", u, backend)
         if name in ("torch", "mamba_ssm"):
             return ss2d_scan(u, _project(dt, dt_proj), A, B, C, D, delta_bias, local, backend)
-        return _ProjectedScan.apply(u, dt, dt_proj, A, B, C, D, delta_bias, local)
+        training = _needs_gradients(u, dt, dt_proj, A, B, C, D, delta_bias)
+        return _ProjectedScan.apply(u, dt, dt_proj, A, B, C, D, delta_bias, local, training)
 
 
 def _project(dt: Tensor, dt_proj: Tensor) -> Tensor:
@@ -353,6 +368,7 @@ class _ProjectedScan(torch.autograd.Function):
         D: Tensor,
         delta_bias: Tensor,
         local: bool,
+        training: bool,
     ) -> Tensor:
         ctx.dtypes = [x.dtype for x in (u, dt, dt_proj, A, B, C, D, delta_bias)]
         u, dt, B, C = (_as_read(x) for x in (u, dt, B, C))
@@ -360,7 +376,7 @@ class _ProjectedScan(torch.autograd.Function):
         with torch.autocast(u.device.type, enabled=False):
             delta, bias = _scanned(dt, dt_proj, delta_bias)
             _check_shapes(u, delta, A, B, C, D, delta_bias, local)
-            y, states, time_steps = torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, bias, local)
+            y, states, time_steps = torch.ops.glmamba.ss2d_scan.default(u, delta, A, B, C, D, bias, local, training)
         ctx.save_for_backward(u, dt, dt_proj, A, B, C, D, delta_bias, states, time_steps)
         ctx.local = local
         return y
@@ -378,7 +394,7 @@ class _ProjectedScan(torch.autograd.Function):
             ddt = torch.matmul(ddelta, dt_proj.to(ddelta.dtype)[:, None, None]).permute(1, 2, 3, 0, 4)
             rows = torch.matmul(ddelta.transpose(3, 4), dt.permute(3, 0, 1, 2, 4))  # (K, B, H, D, R)
             gradients = [du, ddt, rows.float().sum((1, 2)), *others]
-        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None
+        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None, None
 
 
 def _scanned(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> tuple[Tensor, Tensor | None]:

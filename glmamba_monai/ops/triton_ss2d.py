@@ -603,20 +603,40 @@ class Tile(NamedTuple):
 CARRY = {4: Tile(8, 8), 2: Tile(4, 32)}
 FORWARD = Tile(4, 32, registers=168)
 BACKWARD = Tile(4, 8, 2)
-PROGRAMS = 12  # programs (of one warp each) of the forward kernel that there shall be for each multiprocessor
+# Programs (of one warp each) of the forward kernel that there shall be for each multiprocessor. Where a backward pass
+# follows, which takes over the chunks, 8 of them: its blocks of channels are half as large, and of these 16 programs a
+# multiprocessor holds 8 at once, by their registers: two whole waves.
+PROGRAMS, TRAINING_PROGRAMS = 12, 8
 
 
 class _Launch:
-    """How a scan is cut, and the kernels' arguments that say so."""
+    """How a scan is cut, and the kernels' arguments that say so.
 
-    def __init__(self, u: Tensor, A: Tensor, local: bool, softplus: bool = True) -> None:
+    Args:
+        u, A, local: as in :func:`forward`.
+        softplus: whether `delta` is given before softplus.
+        training: whether a backward pass follows, for which it is cut then.
+        chunks: as many as an earlier launch of these sizes had.
+    """
+
+    def __init__(
+        self,
+        u: Tensor,
+        A: Tensor,
+        local: bool,
+        softplus: bool = True,
+        training: bool = False,
+        chunks: int | None = None,
+    ) -> None:
         batch, map_height, map_width, channels = u.shape
         height, width = (map_height // 2, map_width // 2) if local else (map_height, map_width)
         self.states = A.shape[2]
         self.channels = channels
         self.regions = 4 * batch if local else batch
-        processors = torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 4
-        chunks = max(1, round(processors * PROGRAMS / (2 * self.regions * FORWARD.blocks(channels))))
+        if chunks is None:
+            processors = torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 4
+            programs = processors * (TRAINING_PROGRAMS if training else PROGRAMS)
+            chunks = max(1, round(programs / (2 * self.regions * FORWARD.blocks(channels))))
         self.longest = max(height, width)
         self.chunk = triton.cdiv(self.longest, chunks)  # lines of a chunk
         self.chunks = triton.cdiv(self.longest, self.chunk)
@@ -660,14 +680,23 @@ def per_token(name: str, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor | None, local: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor | None,
+    local: bool,
+    training: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y `(B, H, W, D)` in float32; and, for the backward, what each chunk adds and its sum of time steps.
 
     Arguments as in :func:`glmamba_monai.ops.ss2d_scan`; the sequences float32, float16 or bfloat16. Without
-    `delta_bias`, `delta` is the time step itself, after softplus.
+    `delta_bias`, `delta` is the time step itself, after softplus. `training` chooses the chunks that are faster if a
+    backward pass follows; it may follow without, too.
     """
-    launch = _Launch(u, A, local, delta_bias is not None)
+    launch = _Launch(u, A, local, delta_bias is not None, training)
     u = u.contiguous()
     (delta, delta_strides), (B, B_strides), (C, C_strides) = (
         per_token("delta", delta),
@@ -712,7 +741,7 @@ def backward(
     Those of `B` and `C` are summed atomically, so their last bits may differ between runs. Those of `delta` and
     `delta_bias` are of what softplus is applied to, whether `delta` is given before softplus or after.
     """
-    launch = _Launch(u, A, local, delta_bias is not None)
+    launch = _Launch(u, A, local, delta_bias is not None, chunks=carries.shape[2])
     u, dy = u.contiguous(), dy.contiguous()
     (delta, delta_strides), (B, B_strides), (C, C_strides) = (
         per_token("delta", delta),
