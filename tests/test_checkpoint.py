@@ -424,6 +424,39 @@ def test_a_training_that_diverges_stops_and_keeps_what_it_had(tmp_path):
     assert files_in(tmp_path) == saved and diverging.validated == []
 
 
+def over_zero_filling(training, monkeypatch):
+    """Give the validations of a training a zero-filling of 30 dB."""
+    validate = training.validate
+
+    def validated(epoch):
+        validate(epoch)
+        training.evaluator.state.metrics["zero_filling_psnr"] = 30.0
+
+    monkeypatch.setattr(training, "validate", validated)
+    training.evaluator.run = validated
+    return training
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_a_training_that_collapses_stops_and_keeps_its_best_weights(tmp_path, monkeypatch, write):
+    """Also in the processes that do not write, which would wait for the others; and after a resumption."""
+    psnr = (31.0, 33.0, 30.1, 30.1, 33.0)
+    over_zero_filling(Training(tmp_path, psnr, epochs=3), monkeypatch).run()
+    training = over_zero_filling(Training(tmp_path, psnr, epochs=5, resume=True, write=write), monkeypatch)
+    message = rf"up to 3\.00 dB above zero-filling and are now 0\.10 dB.*{tmp_path / 'model.pt'}.*lower --learning_rate"
+    with pytest.raises(RuntimeError, match=message):
+        training.run()
+    assert training.validated == [4]
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == (4 if write else 3)
+    best = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["best_metric_epoch"]
+    assert best == 2 and (tmp_path / "model.pt").is_file()
+
+
+@pytest.mark.parametrize("psnr", [(31.0, 33.0, 30.1, 32.0), (30.1, 30.2, 30.0, 30.0), (29.0, 33.0, 31.0, 30.7)])
+def test_a_training_that_stumbles_or_never_learns_goes_on(tmp_path, monkeypatch, psnr):
+    assert over_zero_filling(Training(tmp_path, psnr, epochs=4), monkeypatch).run().validated == [1, 2, 3, 4]
+
+
 def test_losses_are_read_together_and_the_bad_one_is_named(monkeypatch):
     monkeypatch.setattr(LossCurve, "INTERVAL", 3)
     losses = [[1.0, 2.0, 4.0, 8.0], [3.0, 5.0, 1.0, float("inf")]]

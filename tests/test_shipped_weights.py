@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -16,32 +17,38 @@ from glmamba_monai.networks import build_network
 from glmamba_monai.transforms import KSpaceLowResolution, KSpaceUpsample, ScaleByPercentile
 
 ROOT = Path(__file__).resolve().parent.parent
-WEIGHTS = ROOT / "bundle" / "models" / "model.pt"
+FOLDER = ROOT / "bundle" / "models"
+GENERAL, FOR_2X = "model.pt", "model_2x.pt"  # MONAI Label takes the shortest name
 
 
-@pytest.fixture(scope="module")
-def network():
+@functools.cache
+def shipped(name):
     network = build_network("glmamba").eval()
-    load_weights(network, WEIGHTS, "glmamba")
+    load_weights(network, FOLDER / name, "glmamba")
     return network
 
 
-def test_they_load_without_a_gpu_and_without_running_code():
-    weights = torch.load(WEIGHTS, weights_only=True)  # no map_location: tensors go back to where they were saved
+def test_there_is_no_other_file():
+    assert sorted(p.name for p in FOLDER.glob("*.pt")) == [GENERAL, FOR_2X]
+
+
+@pytest.mark.parametrize("name", [GENERAL, FOR_2X])
+def test_they_load_without_a_gpu_and_without_running_code(name):
+    weights = torch.load(FOLDER / name, weights_only=True)  # no map_location: tensors go back to where they were saved
     assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    assert WEIGHTS.stat().st_size < 25e6
-    assert [p.name for p in WEIGHTS.parent.glob("*.pt")] == ["model.pt"]  # MONAI Label takes the shortest name
+    assert (FOLDER / name).stat().st_size < 25e6
 
 
+@pytest.mark.parametrize("name", [GENERAL, FOR_2X])
 @pytest.mark.parametrize("page", ["bundle/docs/README.md", "docs/results.md"])
-def test_the_documented_checksum_is_theirs(page):
-    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() in (ROOT / page).read_text(encoding="utf-8")
+def test_the_documented_checksum_is_theirs(name, page):
+    assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() in (ROOT / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize(("name", "scale"), [(GENERAL, 2), (GENERAL, 4), (FOR_2X, 2)])
 @pytest.mark.parametrize("reference", ["right", "of another head", "none"])
-def test_they_super_resolve_and_a_wrong_reference_does_no_harm(network, scale, reference):
+def test_they_super_resolve_and_a_wrong_reference_does_no_harm(name, scale, reference):
     folder = Path(demo_data())
     heads = [
         {name: ScaleByPercentile()(plain_slice(folder / subject / f"{name}.nii.gz")) for name in ("t1", "t2")}
@@ -51,7 +58,7 @@ def test_they_super_resolve_and_a_wrong_reference_does_no_harm(network, scale, r
     guide = {"right": heads[0]["t1"], "of another head": heads[1]["t1"], "none": torch.zeros_like(target)}[reference]
     upsampled = KSpaceUpsample("zero_fill")(KSpaceLowResolution(scale)(target), target.shape[1:])
     with torch.inference_mode():
-        result = network(torch.cat((upsampled, guide))[None])[0, :1]
+        result = shipped(name)(torch.cat((upsampled, guide))[None])[0, :1]
 
     def error(image):
         return (image - target).square().mean().item()

@@ -1,6 +1,7 @@
 """The CUDA graphs of the training against the network as it is."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from glmamba_monai.engines import GradientLimit, GraphInferer, SliceTrainer
 from glmamba_monai.engines.plan import training_plan
+from glmamba_monai.engines.trainer import _captured
 from glmamba_monai.networks import build_network
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -50,6 +52,21 @@ def test_a_long_gradient_is_shortened_and_a_short_one_left(scale, expected):
     )
     trainer.run()
     assert network.weight.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_collected_during_a_capture(monkeypatch, fails):
+    collecting = []
+
+    def capture(network, inputs):
+        collecting.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("it waits for the GPU")
+        return network
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    _captured(nn.Conv2d(2, 2, 3), torch.rand(1, 2, 8, 8))
+    assert collecting == [False] and gc.isenabled()
 
 
 def test_on_a_cpu_the_network_runs_as_it_is():

@@ -23,6 +23,7 @@ from glmamba_monai.networks import NETWORKS, build_network, find_network
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE, WEIGHTS_FILE = "checkpoint.pt", "model.pt"
+LEARNT, LOST = 0.5, 0.2  # dB above zero-filling; share of it that a collapsed training has left, at most
 
 
 def random_state() -> dict[str, Any]:
@@ -178,6 +179,26 @@ class WeightAverage:
         self.network.load_state_dict(state["network"])
 
 
+def require_no_collapse(history: list[dict[str, float]], folder: Path) -> None:
+    """Stop a training that has lost what it had learnt: no learning rate has brought one back (docs/training.md).
+
+    Args:
+        history: metrics of its validations so far, see :class:`TrainingState`.
+        folder: where its weights lie.
+
+    Raises:
+        RuntimeError: it stood well above zero-filling, and the last two validations hardly do.
+    """
+    gains = [row["val_psnr"] - row["zero_filling_psnr"] for row in history if "zero_filling_psnr" in row]
+    best = max(gains, default=0.0)
+    if best >= LEARNT and max(gains[-2:]) < LOST * best:
+        raise RuntimeError(
+            f"the training has collapsed: its validations were up to {best:.2f} dB above zero-filling and are now "
+            f"{gains[-1]:.2f} dB; the best weights are kept in {folder / WEIGHTS_FILE}. Train again with a lower "
+            "--learning_rate"
+        )
+
+
 class TrainingState:
     """Writes ``checkpoint.pt`` after every epoch, ``model.pt`` whenever validation improves, and resumes.
 
@@ -260,8 +281,12 @@ class TrainingState:
         if state.epoch == engine.state.epoch:
             progress = {"epoch": engine.state.epoch, "iteration": engine.state.iteration, "seconds": self.seconds}
             self.history.append({**progress, **state.metrics})
-        if not self.write:
-            return
+        if self.write:
+            self._save(engine, improved)
+        require_no_collapse(self.history, self.folder)  # by all processes, or the others would wait
+
+    def _save(self, engine: Workflow, improved: bool) -> None:
+        state = self.evaluator.state
         if improved or not self.choose:
             shipped = self.network if self.average is None else self.average.network
             # On the CPU: torch.load puts tensors back where they were, and others may have no GPU.

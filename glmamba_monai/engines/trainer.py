@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -107,11 +108,18 @@ class _Alias(nn.Module):
 
 
 def _captured(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+    # A graph that the collector frees meanwhile, one of an earlier network, would end the capture.
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
     try:
         return torch.cuda.make_graphed_callables(_Alias(network), (inputs.clone(),))
     except RuntimeError as error:  # an operation that waits for the GPU, for example
         logger.warning("The network cannot be captured as a CUDA graph and runs as it is: %s", error)
         return network
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def super_resolved_items(data: Mapping[str, Any]) -> dict[str, Any]:

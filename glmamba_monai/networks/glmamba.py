@@ -319,9 +319,22 @@ class MultiModalityFusion(nn.Module):
         return pixels * self.complement_weights.weight.numel() + images * self.mixture_weights.weight.numel()
 
 
-def reconstruction_head(channels: int) -> nn.Sequential:
-    """Conv3x3 (C to C), ReLU, Conv3x3 (C to 1) (our choice)."""
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 1, 3, padding=1))
+class ReconstructionHead(nn.Sequential):
+    """Conv3x3 (C to C), GELU, Conv3x3 (C to 1) (our choice; what became of a ReLU there: docs/training.md)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU(), nn.Conv2d(channels, 1, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, 1, H, W)``."""
+        y = self[0](x)
+        if not torch.jit.is_scripting() and self.training and torch.is_grad_enabled():
+            # One map fewer to keep at the moment when the most are kept; the two steps are cheap.
+            return checkpoint(self._image, y, use_reentrant=False, preserve_rng_state=False)
+        return self._image(y)
+
+    def _image(self, y: Tensor) -> Tensor:
+        return self[2](self[1](y))
 
 
 class GLMamba(nn.Module):
@@ -383,16 +396,16 @@ class GLMamba(nn.Module):
         shape = (channels, n_mamba, n_deform, d_state, attention_reduction, mix_channels, unembedding)
         self.guided = guided and ref_scan is not None
         self.lr_branch = Branch(1 + self.guided, *shape, local=lr_scan == "local", modulator=modulator)
-        self.lr_head = reconstruction_head(channels)
+        self.lr_head = ReconstructionHead(channels)
         # The network starts as zero-filling and learns what that lacks.
         nn.init.zeros_(self.lr_head[-1].weight)
         nn.init.zeros_(self.lr_head[-1].bias)
         self.ref_branch: Branch | None = None
-        self.ref_head: nn.Sequential | None = None
+        self.ref_head: nn.Module | None = None
         self.fusion: nn.Module | None = None
         if ref_scan is not None:
             self.ref_branch = Branch(1, *shape, local=ref_scan == "local", modulator=modulator)
-            self.ref_head = reconstruction_head(channels)
+            self.ref_head = ReconstructionHead(channels)
             self.fusion = MultiModalityFusion(channels) if fusion == "adaptive" else AddFusion(channels)
 
     def forward(self, x: Tensor) -> Tensor:
