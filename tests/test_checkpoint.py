@@ -450,6 +450,11 @@ def test_a_training_that_collapses_stops_and_keeps_its_best_weights(tmp_path, mo
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == (4 if write else 3)
     best = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["best_metric_epoch"]
     assert best == 2 and (tmp_path / "model.pt").is_file()
+    if write:
+        again = over_zero_filling(Training(tmp_path, psnr, epochs=4, resume=True), monkeypatch)
+        with pytest.raises(RuntimeError, match="collapsed"):  # else it would pass for a training that has ended
+            again.run()
+        assert again.validated == []
 
 
 @pytest.mark.parametrize("psnr", [(31.0, 33.0, 30.1, 32.0), (30.1, 30.2, 30.0, 30.0), (29.0, 33.0, 31.0, 30.7)])

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +17,7 @@ from glmamba_monai.networks.glmamba import (
     MambaBlock,
     MultiModalityFusion,
     OffsetsAndMask,
+    ReconstructionHead,
 )
 
 TINY = {"channels": 8, "n_mamba": 1, "n_deform": 1, "d_state": 2, "attention_reduction": 4, "mix_channels": 4}
@@ -299,16 +301,47 @@ def kept_bytes(network: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_a_training_step_recomputes_the_scan_s_input(monkeypatch):
+@pytest.mark.parametrize(
+    ("part", "method", "kept_instead", "maps"),
+    [  # bytes in float32: two maps of D channels in each branch's block; one of C in full resolution in each head
+        (
+            MambaBlock,
+            "_recomputed_scan_input",
+            MambaBlock._scan_input,
+            2 * 2 * (2 * 16 * 16 * 2 * TINY["channels"] * 4),
+        ),
+        (
+            ReconstructionHead,
+            "forward",
+            lambda head, x: head._image(head[0](x, head.sharpness, head.sharpness)),
+            2 * (2 * 32 * 32 * TINY["channels"] * 4),
+        ),
+    ],
+    ids=["input of the scan", "end of the heads"],
+)
+def test_a_training_step_recomputes_what_is_cheap(monkeypatch, part, method, kept_instead, maps):
     torch.manual_seed(0)
     network, x = tiny("glmamba").train(), torch.rand(2, 2, 32, 32)
+    nn.init.normal_(network.lr_head[-1].weight)  # at zero nothing comes through
     found, less = torch.autograd.grad(network(x).square().mean(), [*network.parameters()]), kept_bytes(network, x)
-    monkeypatch.setattr(MambaBlock, "_recomputed_scan_input", MambaBlock._scan_input)
+    monkeypatch.setattr(part, method, kept_instead)
     expected, more = torch.autograd.grad(network(x).square().mean(), [*network.parameters()]), kept_bytes(network, x)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
-    maps = 2 * 2 * (2 * 16 * 16 * 2 * TINY["channels"] * 4)  # two maps of D channels in each branch's block, float32
     assert maps <= more - less < 1.05 * maps  # and the weights that only they need
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 3.0, 2.0**13])
+def test_the_head_s_sharpness_is_that_of_its_activation(sharpness):
+    torch.manual_seed(0)
+    head, x = ReconstructionHead(6).double(), torch.randn(2, 6, 9, 7, dtype=torch.float64)
+    head.sharpness.fill_(sharpness)
+    first, last = ((head[i].weight, head[i].bias) for i in (0, 2))
+    z = F.conv2d(x, *first, padding=1)
+    expected = F.conv2d(F.gelu(sharpness * z) / sharpness, *last, padding=1)
+    torch.testing.assert_close(head(x), expected)
+    with_relu = F.conv2d(F.relu(z), *last, padding=1)
+    assert ((head(x) - with_relu).abs().max() < 1e-4) == (sharpness > 1000)
 
 
 # --- Cost (docs/method.md, cost) ---

@@ -55,18 +55,23 @@ def test_a_long_gradient_is_shortened_and_a_short_one_left(scale, expected):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_collected_during_a_capture(monkeypatch, fails):
+@pytest.mark.parametrize("before", [False, True])
+def test_nothing_is_collected_during_a_capture(monkeypatch, fails, before):
     collecting = []
+    monkeypatch.setattr(gc, "collect", lambda: collecting.append("collected"))
+    monkeypatch.setattr(gc, "isenabled", lambda: before)
+    monkeypatch.setattr(gc, "disable", lambda: collecting.append("off"))
+    monkeypatch.setattr(gc, "enable", lambda: collecting.append("on"))
 
     def capture(network, inputs):
-        collecting.append(gc.isenabled())
+        collecting.append("captured")
         if fails:
             raise RuntimeError("it waits for the GPU")
         return network
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
     _captured(nn.Conv2d(2, 2, 3), torch.rand(1, 2, 8, 8))
-    assert collecting == [False] and gc.isenabled()
+    assert collecting == ["collected", "off", "captured"] + ["on"] * before
 
 
 def test_on_a_cpu_the_network_runs_as_it_is():

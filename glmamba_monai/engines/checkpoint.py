@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -23,7 +24,8 @@ from glmamba_monai.networks import NETWORKS, build_network, find_network
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE, WEIGHTS_FILE = "checkpoint.pt", "model.pt"
-LEARNT, LOST = 0.5, 0.2  # dB above zero-filling; share of it that a collapsed training has left, at most
+LEARNT = 0.5  # dB above zero-filling: it has learnt something
+LOST = 0.2  # of the most it has learnt, at most: it has collapsed
 
 
 def random_state() -> dict[str, Any]:
@@ -180,7 +182,7 @@ class WeightAverage:
 
 
 def require_no_collapse(history: list[dict[str, float]], folder: Path) -> None:
-    """Stop a training that has lost what it had learnt: no learning rate has brought one back (docs/training.md).
+    """Stop a training that has lost what it had learnt: by itself none has come back (docs/training.md).
 
     Args:
         history: metrics of its validations so far, see :class:`TrainingState`.
@@ -192,6 +194,7 @@ def require_no_collapse(history: list[dict[str, float]], folder: Path) -> None:
     gains = [row["val_psnr"] - row["zero_filling_psnr"] for row in history if "zero_filling_psnr" in row]
     best = max(gains, default=0.0)
     if best >= LEARNT and max(gains[-2:]) < LOST * best:
+        idist.barrier()  # the first process may still be writing, and is ended where another one fails
         raise RuntimeError(
             f"the training has collapsed: its validations were up to {best:.2f} dB above zero-filling and are now "
             f"{gains[-1]:.2f} dB; the best weights are kept in {folder / WEIGHTS_FILE}. Train again with a lower "
@@ -209,6 +212,7 @@ class TrainingState:
 
     Its ``history`` is the learning curve: ``epoch``, ``iteration``, ``seconds`` and the evaluator's metrics, for every
     validation. The seconds are those of all steps so far, in whichever process, without validation and saving.
+    A training that has collapsed is stopped (:func:`require_no_collapse`), after it has been written, and not resumed.
 
     Attach it as the last handler of the trainer, so that an epoch's validation lies behind it.
 
@@ -286,6 +290,7 @@ class TrainingState:
         require_no_collapse(self.history, self.folder)  # by all processes, or the others would wait
 
     def _save(self, engine: Workflow, improved: bool) -> None:
+        """Write the checkpoint, and the weights if validation has improved or does not choose them."""
         state = self.evaluator.state
         if improved or not self.choose:
             shipped = self.network if self.average is None else self.average.network
@@ -349,4 +354,5 @@ class TrainingState:
         # Checkpoints of earlier versions have neither.
         self.seconds, self.history = checkpoint.get("seconds", 0.0), checkpoint.get("history", [])
         set_random_state(checkpoint["random_state"])
+        require_no_collapse(self.history, self.folder)  # one that is resumed would train on, or pass for a result
         logger.info("resumed from %s, epoch %d", path, checkpoint["epoch"])

@@ -319,22 +319,42 @@ class MultiModalityFusion(nn.Module):
         return pixels * self.complement_weights.weight.numel() + images * self.mixture_weights.weight.numel()
 
 
+class ScaledConv2d(nn.Conv2d):
+    """A 3x3 convolution whose weights and biases are multiplied by numbers."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, weight_scale: Tensor, bias_scale: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, C', H, W)``; two scalars."""
+        bias = self.bias
+        assert bias is not None  # tells TorchScript the type
+        weight = weight_scale * self.weight
+        return F.conv2d(x, weight, bias_scale * bias, self.stride, self.padding, self.dilation, self.groups)
+
+
 class ReconstructionHead(nn.Sequential):
-    """Conv3x3 (C to C), GELU, Conv3x3 (C to 1) (our choice; what became of a ReLU there: docs/training.md)."""
+    """Conv3x3 (C to C), GELU, Conv3x3 (C to 1) (our choice; what became of a ReLU there: docs/training.md).
+
+    The activation is GELU(s x) / s. The buffer s, ``sharpness``, is 1 in a new network. Weights that were trained with
+    a ReLU have a large one in their file, with which the two are the same; it is multiplied into the convolutions'
+    weights, so it costs nothing.
+    """
 
     def __init__(self, channels: int) -> None:
-        super().__init__(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU(), nn.Conv2d(channels, 1, 3, padding=1))
+        super().__init__(ScaledConv2d(channels, channels), nn.GELU(), ScaledConv2d(channels, 1))
+        self.register_buffer("sharpness", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, 1, H, W)``."""
-        y = self[0](x)
+        y = self[0](x, self.sharpness, self.sharpness)
         if not torch.jit.is_scripting() and self.training and torch.is_grad_enabled():
             # One map fewer to keep at the moment when the most are kept; the two steps are cheap.
             return checkpoint(self._image, y, use_reentrant=False, preserve_rng_state=False)
         return self._image(y)
 
     def _image(self, y: Tensor) -> Tensor:
-        return self[2](self[1](y))
+        return self[2](self[1](y), 1 / self.sharpness, torch.ones_like(self.sharpness))
 
 
 class GLMamba(nn.Module):
