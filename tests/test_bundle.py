@@ -489,8 +489,11 @@ def test_the_bundle_is_found_from_anywhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("start", "configs"),
-    [(BUNDLE.parent, "bundle/configs"), (BUNDLE, "configs"), (None, str(CONFIGS))],
-    ids=["repository", "bundle", "elsewhere"],
+    [
+        pytest.param(BUNDLE.parent, "bundle/configs", id="repository"),
+        pytest.param(BUNDLE, "configs", id="bundle", marks=pytest.mark.slow),
+        pytest.param(None, str(CONFIGS), id="elsewhere", marks=pytest.mark.slow),
+    ],
 )
 def test_the_commands_as_typed_from_any_folder(dataset_dir, results, tmp_path, start, configs):
     """All three configs, each in a process of its own; nothing is left where it was started."""

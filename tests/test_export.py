@@ -110,7 +110,11 @@ def test_onnx_by_the_command_equals_eager_at_any_size(onnxruntime, tmp_path, mon
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("glmamba_light", {**SMALL, "lr_scan": "local", "ref_scan": "global", "fusion": "add"}),
+        pytest.param(
+            "glmamba_light",
+            {**SMALL, "lr_scan": "local", "ref_scan": "global", "fusion": "add"},
+            marks=pytest.mark.slow,
+        ),
         ("table1_lr_global", SMALL),
         ("srcnn_ref", {}),
     ],

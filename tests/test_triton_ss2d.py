@@ -184,10 +184,9 @@ def test_a_map_of_one_column_whose_strides_say_nothing(monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("low", "high"), [(-20.0, 0.0), (-2.0, 30.0)])  # delta
-def test_without_a_bias_delta_is_the_time_step(low, high, monkeypatch):
+def test_without_a_bias_delta_is_the_time_step(monkeypatch):
     programs(monkeypatch, 1000)
-    inputs = make_inputs(b=1, h=2, w=4, d=3, n=2, low=low, high=high, device=DEVICE)
+    inputs = make_inputs(b=1, h=2, w=4, d=3, n=2, low=-20.0, high=30.0, device=DEVICE)  # of delta
     y, expected = all_results(inputs, False)
     raw = inputs["delta"] + inputs["delta_bias"]
     found, gradients = all_results(inputs | {"delta": F.softplus(raw), "delta_bias": None}, False)
