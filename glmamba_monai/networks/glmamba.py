@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from glmamba_monai.ops import (
     bias_silu,
     deform_conv2d,
-    depthwise_silu,
     fuse_modalities,
     modulate,
     norm_gate,
@@ -114,9 +113,10 @@ class DepthwiseSiLU(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, D)`` to the same shape."""
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, None, self.stride, self.padding, self.dilation, self.groups)
         bias = self.bias
         assert bias is not None  # tells TorchScript the type
-        return depthwise_silu(x, self.weight, bias)
+        return bias_silu(y.permute(0, 2, 3, 1), bias)
 
 
 class MambaBlock(nn.Module):

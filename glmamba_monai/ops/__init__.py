@@ -2,7 +2,6 @@
 
 from glmamba_monai.ops.backends import backend_report, format_backend_report, require_backends
 from glmamba_monai.ops.deform_conv import deform_conv2d
-from glmamba_monai.ops.depthwise import depthwise_silu
 from glmamba_monai.ops.fusion import fuse_modalities
 from glmamba_monai.ops.pointwise import bias_silu, modulate, norm_gate, pixels_in_place
 from glmamba_monai.ops.selective_scan import selective_scan
@@ -12,7 +11,6 @@ __all__ = [
     "backend_report",
     "bias_silu",
     "deform_conv2d",
-    "depthwise_silu",
     "format_backend_report",
     "fuse_modalities",
     "modulate",
