@@ -126,7 +126,8 @@ def find_weights(
 ) -> str | None:
     """The file of weights to use: the one named, else one of the first folder that has any for that factor.
 
-    There ``model_2x.pt`` goes before ``model.pt`` where the factor is 2 (:func:`whole_factor`), and so on.
+    There ``model_2x.pt`` goes before ``model.pt`` where the factor is 2
+    (:func:`~glmamba_monai.transforms.grid.whole_factor`), and so on.
 
     Args:
         weights: the file that is named.
