@@ -98,7 +98,7 @@ def main(
     """Print a Markdown table; data and metrics are those of evaluate.json.
 
     Args:
-        weights: file of weights; the bundle's models/model.pt if there is none.
+        weights: file of weights; if there is none, the bundle's for that factor.
         dataset_dir: folder of subjects; the demo phantom if there is none.
         subject: whom to super-resolve.
         scale: factor in plane, or a,b.
@@ -116,7 +116,7 @@ def main(
     parser.read_config(str(BUNDLE / "configs" / "train.json"))
     parser.update({"network": network, "scale": scale, "val_slices": f"${slices}"})
     net = parser.get_parsed_content("network_def").to(device).eval()
-    path = find_weights(weights, [str(BUNDLE / "models")], net)
+    path = find_weights(weights, [str(BUNDLE / "models")], net, scale)
     if path is not None:
         load_weights(net, path, network)
 

@@ -34,7 +34,8 @@ def super_resolve(
         output: file to write, .nii.gz, .nii, .nrrd or .mha, or for a DICOM series a new folder.
         scale: auto takes the factor from the files; a number, or [a,b] in plane, is checked against them.
         network: registered network.
-        weights: file of weights, instead of the bundle's models/model.pt.
+        weights: file of weights, instead of the bundle's: model_2x.pt of its models where the factor is 2, and so on
+            where there is such a file, else model.pt.
         slice_axis: auto, 0, 1, 2, axial, coronal or sagittal.
         bundle_root: folder of the bundle, instead of the one beside the package.
         data_consistency: put the measured low frequencies in place of the result's.

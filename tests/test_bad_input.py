@@ -280,6 +280,11 @@ def test_no_weights(tmp_path, pair, results, kind):
     (results / "model.pt").unlink()
     message = refused(kind, tmp_path, **source, output_dir=results, bundle_root=tmp_path / "bundle")
     assert str(tmp_path / "bundle" / "models" / "model.pt") in message and "Train first" in message
+    other = tmp_path / "bundle" / "models" / "model_3x.pt"  # and the factor is 2
+    other.parent.mkdir()
+    torch.save(build_network("srcnn_ref").state_dict(), other)
+    message = refused(kind, tmp_path, **source, output_dir=results, bundle_root=tmp_path / "bundle")
+    assert f"model_2x.pt nor {other.with_name('model.pt')}; there is {other} for 3x alone" in message
 
 
 @pytest.mark.parametrize("kind", ["evaluate", "infer"])

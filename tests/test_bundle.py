@@ -1,6 +1,7 @@
 """The bundle as MONAI's own tools see and run it: train, resume, evaluate, verify, export, track, distribute."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -149,6 +150,41 @@ def test_evaluation_of_a_trained_network(dataset_dir, results):
         assert summary["methods"][method]["psnr"]["mean"] == pytest.approx(np.mean(values), abs=1e-5)
         assert summary["methods"][method]["psnr"]["sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
     assert summary["weights"] == str(results / "model.pt") and summary["scale"] == 2
+
+
+@pytest.mark.parametrize(
+    ("scale", "own", "expected"),
+    [
+        (2, [], "bundle/models/model_2x.pt"),
+        (3, [], "bundle/models/model.pt"),
+        ([2, 3], [], "bundle/models/model.pt"),
+        (2, ["model.pt"], "results/model.pt"),  # of a training of one's own
+        (2, ["mine.pt"], "mine.pt"),
+    ],
+    ids=str,
+)
+def test_an_evaluation_takes_the_weights_of_its_factor(tmp_path, dataset_dir, results, scale, own, expected):
+    """And the summary and the reports say which."""
+    files = [f"bundle/models/{name}" for name in ("model.pt", "model_2x.pt")]
+    files += ["mine.pt" if name == "mine.pt" else f"results/{name}" for name in own]
+    weights = {}
+    for seed, name in enumerate(files):
+        torch.manual_seed(seed)
+        network = build_network("srcnn_ref")
+        torch.nn.init.normal_(network.reconstruction.weight, std=0.05)
+        weights[name] = network.state_dict()
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(weights[name], tmp_path / name)
+    options = {"weights": str(tmp_path / "mine.pt")} if "mine.pt" in own else {}
+    options.update(bundle_root=str(tmp_path / "bundle"), dataset_dir=dataset_dir, output_dir=str(results))
+    options.update(network="srcnn_ref", scale=scale, val_slices=1, validation=["sub00"], report=True)
+    evaluation = workflow([TRAIN, EVALUATE], **options)
+    evaluation.run()
+    found = evaluation.parser.get_parsed_content("net").state_dict()
+    assert all(torch.equal(found[name].cpu(), value) for name, value in weights[expected].items())
+    assert json.loads((results / "summary.json").read_text())["weights"] == str(tmp_path / expected)
+    digest = hashlib.sha256((tmp_path / expected).read_bytes()).hexdigest()
+    assert f"{Path(expected).name}, SHA-256 {digest}" in (results / "reports" / "sub00.html").read_text()
 
 
 def test_early_stop_ends_a_training_that_does_not_improve(dataset_dir, results):

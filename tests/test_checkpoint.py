@@ -13,7 +13,15 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 
-from glmamba_monai.engines import LossCurve, TrainingState, WeightAverage, WeightsLoader, find_weights, load_weights
+from glmamba_monai.engines import (
+    LossCurve,
+    TrainingState,
+    WeightAverage,
+    WeightsLoader,
+    checkpoint,
+    find_weights,
+    load_weights,
+)
 from glmamba_monai.engines.checkpoint import random_state, read_checkpoint, set_random_state
 from glmamba_monai.networks import build_network
 
@@ -186,6 +194,52 @@ def test_without_weights_it_says_how_to_get_them(tmp_path, weights):
     assert "python -m monai.bundle run training" in message and "--weights" in message
 
 
+@pytest.mark.parametrize(
+    ("factor", "file"),
+    [
+        (None, "general/model.pt"),
+        (2, "general/model_2x.pt"),
+        ([2, 2], "general/model_2x.pt"),
+        ([1.99, 2], "general/model_2x.pt"),
+        ([2, 2.5], "general/model.pt"),
+        (3, "general/model.pt"),  # the file for 3 lies in a later folder, and the search goes folder by folder
+        (1, "general/model.pt"),
+    ],
+    ids=str,
+)
+def test_weights_for_one_factor_go_before_those_for_all(tmp_path, factor, file):
+    folders = [tmp_path / name for name in ("empty", "general", "last")]
+    for folder in folders:
+        folder.mkdir()
+    for name in ("general/model.pt", "general/model_2x.pt", "last/model.pt", "last/model_2x.pt", "last/model_3x.pt"):
+        (tmp_path / name).touch()
+    network = build_network("srcnn")
+    assert find_weights(None, list(map(str, folders)), network, factor) == str(tmp_path / file)
+    (tmp_path / "mine.pt").touch()
+    assert find_weights(str(tmp_path / "mine.pt"), list(map(str, folders)), network, factor) == str(
+        tmp_path / "mine.pt"
+    )
+    (tmp_path / "empty" / "model.pt").touch()  # of a training of one's own
+    assert find_weights(None, list(map(str, folders)), network, factor) == str(tmp_path / "empty" / "model.pt")
+
+
+def test_weights_for_another_factor_are_not_taken(tmp_path):
+    """A folder with weights for 2x alone serves 2x; for anything else it is said what is there."""
+    (tmp_path / "model_2x.pt").touch()
+    (tmp_path / "model_big.pt").touch()
+    network, folders = build_network("srcnn"), [str(tmp_path)]
+    assert find_weights(None, folders, network, 2) == str(tmp_path / "model_2x.pt")
+    looked = {3: ["model_3x.pt", "model.pt"], (2, 2.5): ["model.pt"], None: ["model.pt"]}
+    said = {3: "no weights for the factor 3", (2, 2.5): "no weights for the factor 2 x 2.5", None: "no weights"}
+    for factor, words in said.items():
+        with pytest.raises(FileNotFoundError) as error:
+            find_weights(None, folders, network, factor)
+        files = " nor ".join(str(tmp_path / name) for name in looked[factor])
+        there = f"there is {tmp_path / 'model_2x.pt'} for 2x alone. Train first (python -m monai.bundle run training "
+        assert str(error.value).startswith(f"{words}: there is no {files}; {there}")
+        assert "--weights" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["zero_filling", "bicubic"])
 def test_interpolations_need_no_weights(tmp_path, name):
     loader = WeightsLoader(build_network(name), name, [str(tmp_path)])
@@ -199,7 +253,127 @@ def test_weights_are_there_before_the_first_batch(tmp_path):
     network = build_network("srcnn")
     engine = Engine(lambda engine, batch: assert_same(network.state_dict(), expected))
     WeightsLoader(network, "srcnn", [str(tmp_path)]).attach(engine)
-    engine.run([0])
+    engine.run([{"image": None}])
+
+
+def batch_of(subject, *factor):
+    """What a data loader makes of a volume, as far as it matters here."""
+    return {"subject": [subject], **({"factor": torch.tensor([factor])} if factor else {})}
+
+
+@pytest.fixture
+def by_factor(tmp_path, monkeypatch):
+    """Weights for 2, 3 and all factors in a folder; what is loaded, and what the network holds at each volume."""
+    network, files, loaded, held = build_network("srcnn"), {}, [], {}
+    for seed, name in enumerate(("model.pt", "model_2x.pt", "model_3x.pt")):
+        files[name] = state_of(different_weights("srcnn", seed))
+        torch.save(files[name], tmp_path / name)
+
+    def load(network, path, name):
+        loaded.append(os.path.basename(path))
+        load_weights(network, path, name)
+
+    def step(engine, batch):
+        weight = network.state_dict()["reconstruction.weight"]
+        (held[batch["subject"][0]],) = (n for n, f in files.items() if torch.equal(f["reconstruction.weight"], weight))
+
+    monkeypatch.setattr(checkpoint, "load_weights", load)
+    return SimpleNamespace(folder=tmp_path, network=network, loaded=loaded, held=held, engine=Engine(step))
+
+
+def test_each_volume_gets_the_weights_of_its_factor(by_factor, caplog):
+    loader = WeightsLoader(by_factor.network, "srcnn", [str(by_factor.folder)])
+    assert loader.path is None  # no volume has come
+    loader.attach(by_factor.engine)
+    volumes = {
+        "a": ((2.0, 2.0), "model_2x.pt"),
+        "b": ((1.99, 2.01), "model_2x.pt"),
+        "c": ((3.0, 3.0), "model_3x.pt"),
+        "d": ((2.0, 3.0), "model.pt"),
+        "e": ((1.0, 1.0), "model.pt"),
+        "f": ((), "model.pt"),  # of a preprocessing that says nothing
+        "g": ((2.0, 2.0), "model_2x.pt"),
+    }
+    with caplog.at_level(logging.INFO):
+        by_factor.engine.run([batch_of(subject, *factor) for subject, (factor, _) in volumes.items()])
+    assert by_factor.held == {subject: name for subject, (_, name) in volumes.items()}
+    assert by_factor.loaded == ["model_2x.pt", "model_3x.pt", "model.pt", "model_2x.pt"]  # no file twice in a row
+    assert loader.path == str(by_factor.folder / "model_2x.pt")
+    said = [record.getMessage() for record in caplog.records if record.name == checkpoint.__name__]
+    assert said == [
+        f"weights of srcnn {how} {by_factor.folder / volumes[subject][1]} for {subject}{words}"
+        for subject, how, words in (
+            ("a", "loaded from", " (factor 2 x 2)"),
+            ("b", "kept, those of", " (factor 1.99 x 2.01)"),
+            ("c", "loaded from", " (factor 3 x 3)"),
+            ("d", "loaded from", " (factor 2 x 3)"),
+            ("e", "kept, those of", " (factor 1 x 1)"),
+            ("f", "kept, those of", ""),
+            ("g", "loaded from", " (factor 2 x 2)"),
+        )
+    ]
+    by_factor.loaded.clear()
+    different = state_of(different_weights("srcnn", 9))
+    by_factor.network.load_state_dict(different)  # what has happened between two runs is not known
+    by_factor.engine.run([batch_of("a", 2.0, 2.0)])
+    assert by_factor.held["a"] == "model_2x.pt" and by_factor.loaded == ["model_2x.pt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"weights": "{folder}/model_3x.pt"}, "model_3x.pt"),
+        ({"weights": "{folder}/model_3x.pt", "scale": 4}, "model_3x.pt"),
+        ({"scale": 3}, "model_3x.pt"),
+        ({"scale": [2, 2]}, "model_2x.pt"),
+        ({"scale": [2, 4]}, "model.pt"),
+    ],
+    ids=str,
+)
+def test_named_weights_or_a_named_factor_decide_at_once(by_factor, options, expected, caplog):
+    options = {k: v.format(folder=by_factor.folder) if isinstance(v, str) else v for k, v in options.items()}
+    loader = WeightsLoader(by_factor.network, "srcnn", [str(by_factor.folder)], **options)
+    assert loader.path == str(by_factor.folder / expected)
+    loader.attach(by_factor.engine)
+    with caplog.at_level(logging.INFO):
+        by_factor.engine.run([batch_of("a", 2.0, 2.0), batch_of("b", 3.0, 3.0)])
+    assert by_factor.held == {"a": expected, "b": expected} and by_factor.loaded == [expected]
+    assert f"weights of srcnn loaded from {by_factor.folder / expected}" in caplog.messages
+
+
+def test_volumes_of_a_batch_must_need_the_same_weights(by_factor):
+    WeightsLoader(by_factor.network, "srcnn", [str(by_factor.folder)]).attach(by_factor.engine)
+    same = {"subject": ["a", "b"], "factor": torch.tensor([[2.0, 2.0], [1.99, 2.0]])}
+    by_factor.engine.run([same])
+    assert by_factor.held == {"a": "model_2x.pt"}
+    both = {"subject": ["a", "b"], "factor": torch.tensor([[2.0, 2.0], [3.0, 3.0]])}
+    with pytest.raises(ValueError, match=r"a, b: .*model_2x\.pt.*model_3x\.pt.* one volume a batch"):
+        by_factor.engine.run([both])
+
+
+def test_what_does_not_fit_is_refused_before_the_first_volume(by_factor):
+    """Though it is for a factor that only a later volume has."""
+    torch.save(build_network("srcnn_ref").state_dict(), by_factor.folder / "model_3x.pt")
+    WeightsLoader(by_factor.network, "srcnn", [str(by_factor.folder)]).attach(by_factor.engine)
+    with pytest.raises(ValueError, match=r"model_3x\.pt: the weights do not fit network 'srcnn'; they fit srcnn_ref"):
+        by_factor.engine.run([batch_of("a", 2.0, 2.0), batch_of("b", 3.0, 3.0)])
+    assert by_factor.held == {}
+
+
+def test_a_volume_without_weights_for_its_factor_is_named(by_factor):
+    (by_factor.folder / "model.pt").unlink()
+    (by_factor.folder / "model_3x.pt").unlink()
+    WeightsLoader(by_factor.network, "srcnn", [str(by_factor.folder)]).attach(by_factor.engine)
+    by_factor.engine.run([batch_of("a", 2.0, 2.0)])
+    with pytest.raises(FileNotFoundError) as error:
+        by_factor.engine.run([batch_of("b", 4.0, 4.0)])
+    assert str(error.value).startswith(
+        f"b: no weights for the factor 4 x 4: there is no {by_factor.folder}/model_4x.pt"
+    )
+    assert f"there is {by_factor.folder}/model_2x.pt for 2x alone. " in str(error.value)
+    assert by_factor.held == {"a": "model_2x.pt"}
+    with pytest.raises(FileNotFoundError, match=r"no weights for the factor 4: there is no .*model_4x\.pt"):
+        WeightsLoader(by_factor.network, "srcnn", [str(by_factor.folder)], scale=4)  # before anything is loaded
 
 
 # --- random generators

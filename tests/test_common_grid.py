@@ -247,6 +247,7 @@ def test_the_reference_is_brought_to_the_slices(tmp_path, pair, make_affine):
     data = {"subject": "a", "image": image, "reference": sampled((90,) * 3, affine)}
     found = MatchReferenced(["image", "reference"])(data)
     assert found["image"].shape == (1, 14, 16, 6) and found["reference"].shape == (1, 42, 48, 6)
+    assert found["factor"].tolist() == [3, 3]  # of the grid made for it
     expected = sampled((42, 48, 6), found["reference"].affine.numpy())
     np.testing.assert_allclose(found["reference"].numpy(), expected.numpy(), atol=6)  # the mean over 3 mm
     batch = next(iter(DataLoader([{**found, "pred": found["reference"]}], batch_size=1)))

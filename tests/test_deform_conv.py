@@ -4,6 +4,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -230,6 +231,21 @@ def test_meta_tensors_give_an_empty_result_of_the_right_shape():
     inputs = {name: x.to("meta") for name, x in make_inputs(padding=0).items()}
     y = deform_conv2d(**inputs, padding=0)
     assert y.is_meta and y.shape == (2, 4, 5, 7)
+
+
+@on_cpu
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("mask", [True, False])
+def test_tensors_of_monai_are_taken_with_all_gradients(device, mask, backend):
+    inputs = {name: None if x is None else x.to(device) for name, x in make_inputs(mask=mask).items()}
+    of_monai = {name: None if x is None else MetaTensor(x) for name, x in inputs.items()}
+    expected = deform_conv2d(**inputs, backend=backend)
+    found = deform_conv2d(**of_monai, backend=backend)
+    assert found.shape == expected.shape and found.device == expected.device
+    if device == "cpu":
+        assert torch.equal(found.as_tensor(), expected)
+        expected = value_and_gradients(deform_conv2d, inputs, backend=backend)
+        assert_close(value_and_gradients(deform_conv2d, of_monai, backend=backend), expected, 0, 0)
 
 
 @needs_native

@@ -15,6 +15,7 @@ from glmamba_monai.transforms.grid import (
     match_grids,
     require_same_grid,
     slice_axes,
+    whole_factor,
 )
 
 SHAPE = (24, 28, 6)
@@ -231,6 +232,35 @@ def test_other_slices_are_refused(affine):
     (_, low, name), high = low_and_high(affine)
     with pytest.raises(ValueError, match=r"up to 2\.00 voxels"):
         match_grids(((12, 14, 4), low, name), high)
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        (2, 2),
+        (3.0, 3),
+        ([2, 2], 2),
+        ((4.0, 4), 4),
+        (1.99, 2),
+        ([1.97, 2.03], 2),
+        (3.05, 3),
+        (1.95, None),
+        ([2, 2.05], None),
+        (1.5, None),
+        ([2, 3], None),
+        ([2, 2.5], None),
+        (1, None),  # a volume that is not low-resolution, or was interpolated
+        ([1, 1.01], None),
+        (0.01, None),
+        ([], None),
+        (float("nan"), None),
+        (float("inf"), None),
+        ("auto", None),
+    ],
+    ids=str,
+)
+def test_a_factor_that_is_one_whole_number(scale, expected):
+    assert whole_factor(scale) == expected
 
 
 def test_interpolated_volumes_need_scale_1(affine):

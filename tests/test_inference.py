@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from monai.data import MetaTensor
 
 import glmamba_monai
 from glmamba_monai import simulate, super_resolve
+from glmamba_monai.engines import checkpoint
 from glmamba_monai.files import save_volume
 from glmamba_monai.inference import root_cause
 from glmamba_monai.networks import build_network
@@ -268,6 +271,138 @@ def test_weights_of_the_bundle_are_taken(tmp_path, make_subject_folder, make_aff
     found = super_resolve(files["lr"], files["t1"], network="srcnn_ref", bundle_root=bundle)
     named = super_resolve(files["lr"], files["t1"], network="srcnn_ref", weights=bundle / "models" / "model.pt")
     assert torch.equal(found.as_tensor(), named.as_tensor())
+
+
+# --- which weights
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A bundle with weights of srcnn_ref for 2 and for 3 alone, and for every factor."""
+    for folder in ("configs", "models"):
+        (tmp_path / "bundle" / folder).mkdir(parents=True)
+    shutil.copy(BUNDLE / "configs" / "inference.json", tmp_path / "bundle" / "configs")
+    for seed, name in enumerate(("model.pt", "model_2x.pt", "model_3x.pt")):
+        write_weights(tmp_path / "bundle" / "models" / name, seed)
+    return tmp_path / "bundle"
+
+
+def low_resolution(tmp_path, make_subject_folder, scale, name="sub00", shape=(24, 36, 4), **options):
+    """Files of a subject whose T2 has been simulated at that factor."""
+    files = make_subject_folder(tmp_path / "hr", names=[name], shape=shape)[name]
+    lr = tmp_path / "data" / name / "t2.nii.gz"
+    lr.parent.mkdir(parents=True)
+    simulate(files["t2"], lr, scale, **options)
+    shutil.copy(files["t1"], lr.parent)
+    return {"lr": lr, "t1": lr.parent / "t1.nii.gz"}
+
+
+def said_of_weights(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == checkpoint.__name__]
+
+
+@pytest.mark.parametrize(
+    ("scale", "options", "expected"),
+    [
+        (2, {}, "model_2x.pt"),
+        (2, {"scale": 2, "self_ensemble": True, "data_consistency": True}, "model_2x.pt"),
+        (3, {}, "model_3x.pt"),
+        (4, {}, "model.pt"),  # there are none for 4 alone
+        ([2, 3], {}, "model.pt"),
+        (1.5, {}, "model.pt"),
+        (1.99, {"shape": (199, 199, 2)}, "model_2x.pt"),
+        (2, {"mode": "zero_fill", "scale": 1}, "model.pt"),  # interpolated by the scanner
+        (2, {"weights": "model_3x.pt"}, "model_3x.pt"),
+    ],
+    ids=str,
+)
+def test_the_factor_chooses_the_weights(tmp_path, make_subject_folder, bundle, caplog, scale, options, expected):
+    made = {name: options.pop(name) for name in ("shape", "mode") if name in options}
+    files = low_resolution(tmp_path, make_subject_folder, scale, **made)
+    if "weights" in options:
+        options["weights"] = bundle / "models" / options["weights"]
+    options = {"network": "srcnn_ref", "device": "cpu", **options}
+    with caplog.at_level(logging.INFO):
+        found = super_resolve(files["lr"], files["t1"], bundle_root=bundle, **options)
+    said = said_of_weights(caplog)
+    assert len(said) == 1 and said[0].startswith(f"weights of srcnn_ref loaded from {bundle / 'models' / expected}")
+    named = super_resolve(files["lr"], files["t1"], **{**options, "weights": bundle / "models" / expected})
+    found, named = (volumes if isinstance(volumes, tuple) else (volumes,) for volumes in (found, named))
+    assert all(torch.equal(a.as_tensor(), b.as_tensor()) for a, b in zip(found, named))
+
+
+def run_on_folder(tmp_path, bundle, **options):
+    workflow = ConfigWorkflow(
+        config_file=str(bundle / "configs" / "inference.json"),
+        workflow_type="infer",
+        logging_file=False,
+        bundle_root=str(bundle),
+        dataset_dir=str(tmp_path / "data"),
+        reference="t1",
+        network="srcnn_ref",
+        output_dir=str(tmp_path / "out"),
+        device="cpu",
+        **options,
+    )
+    workflow.initialize()
+    workflow.run()
+
+
+def test_volumes_of_different_factors_in_one_run(tmp_path, make_subject_folder, bundle, caplog):
+    chosen = ((2, "model_2x.pt"), (3, "model_3x.pt"), (3, "model_3x.pt"), (4, "model.pt"))
+    scales = {f"sub{i:02d}": choice for i, choice in enumerate(chosen)}
+    files = {name: low_resolution(tmp_path, make_subject_folder, scale, name) for name, (scale, _) in scales.items()}
+    with caplog.at_level(logging.INFO):
+        run_on_folder(tmp_path, bundle)
+    assert said_of_weights(caplog) == [
+        f"weights of srcnn_ref {'kept, those of' if name == 'sub02' else 'loaded from'} {bundle / 'models' / file} for "
+        f"{name} (factor {scale} x {scale})"
+        for name, (scale, file) in scales.items()
+    ]
+    for name, (_, file) in scales.items():
+        options = {"network": "srcnn_ref", "weights": bundle / "models" / file, "device": "cpu"}
+        expected = super_resolve(files[name]["lr"], files[name]["t1"], **options)
+        written = nib.load(tmp_path / "out" / f"{name}_sr.nii.gz").get_fdata(dtype=np.float32)
+        np.testing.assert_array_equal(written, expected[0].numpy())
+
+
+@pytest.mark.parametrize("content", ["of another network", "damaged"])
+def test_unfit_weights_for_a_later_volume_are_refused_first(tmp_path, make_subject_folder, bundle, content):
+    for name, scale in (("sub00", 2), ("sub01", 3)):
+        low_resolution(tmp_path, make_subject_folder, scale, name)
+    unfit = bundle / "models" / "model_3x.pt"
+    if content == "damaged":
+        unfit.write_bytes(unfit.read_bytes()[:5000])
+    else:
+        torch.save(build_network("srcnn").state_dict(), unfit)
+    with pytest.raises(RuntimeError) as error:
+        run_on_folder(tmp_path, bundle)
+    cause = root_cause(error.value)
+    assert isinstance(cause, ValueError) and str(cause).startswith(f"{unfit}: ")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("named", ["auto", 3])
+def test_weights_for_2x_alone(tmp_path, make_subject_folder, bundle, monkeypatch, named):
+    """They serve 2x; at any other factor the network never runs."""
+    for name in ("model.pt", "model_3x.pt"):
+        (bundle / "models" / name).unlink()
+    two, three = (low_resolution(tmp_path, make_subject_folder, n, f"sub0{n}") for n in (2, 3))
+    options = {"network": "srcnn_ref", "bundle_root": bundle, "device": "cpu"}
+    super_resolve(two["lr"], two["t1"], **options)
+
+    def never(*_):
+        raise AssertionError("the network has run")
+
+    monkeypatch.setattr("glmamba_monai.networks.baselines.SRCNN.forward", never)
+    with pytest.raises(RuntimeError) as error:
+        super_resolve(three["lr"], three["t1"], tmp_path / "sr.nii.gz", scale=named, **options)
+    cause, models = root_cause(error.value), bundle / "models"
+    assert isinstance(cause, FileNotFoundError)
+    where = "t2: no weights for the factor 3 x 3" if named == "auto" else "no weights for the factor 3"
+    looked = f"there is no {models / 'model_3x.pt'} nor {models / 'model.pt'}"
+    assert str(cause).startswith(f"{where}: {looked}; there is {models / 'model_2x.pt'} for 2x alone. Train first (")
+    assert not (tmp_path / "sr.nii.gz").exists()
 
 
 # --- files

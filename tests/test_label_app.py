@@ -210,6 +210,18 @@ def test_the_app_folder(tmp_path, installed, weights, monkeypatch, cpu_build):
     assert {f.name: f.read_bytes() for f in (bundle / "configs").iterdir()} == configs
 
 
+def test_without_a_name_the_app_gets_the_weights_for_every_factor(tmp_path, installed, weights):
+    """It has one file for all its requests, which its training replaces."""
+    bundle = tmp_path / "bundle"
+    (bundle / "models").mkdir(parents=True)
+    (bundle / "configs").symlink_to(BUNDLE / "configs")
+    weights.rename(bundle / "models" / "model.pt")
+    torch.save(build_network("srcnn").state_dict(), bundle / "models" / "model_2x.pt")
+    label_app.set_up_app(tmp_path / "app", bundle_root=bundle)
+    (copied,) = (tmp_path / "app" / "model" / "glmamba" / "models").iterdir()
+    assert copied.name == "model.pt" and copied.read_bytes() == (bundle / "models" / "model.pt").read_bytes()
+
+
 def test_a_folder_in_use_is_refused(tmp_path, installed, weights):
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "notes.txt").write_text("mine")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -158,6 +159,17 @@ def test_an_unknown_name_lists_the_known():
 def test_a_wrong_input_is_refused(shape):
     with pytest.raises(ValueError, match=r"x must be \(B, 2, H, W\)"):
         tiny("glmamba")(torch.rand(shape))
+
+
+def test_a_tensor_of_monai_gives_what_a_plain_one_gives():
+    """As MONAI's loaders hand it over: the operators and their gradients take it, too."""
+    network, x, found = tiny("glmamba"), torch.rand(1, 2, 12, 16), []
+    for image in (x, MetaTensor(x)):
+        network.zero_grad()
+        result = network(image)
+        result.square().sum().backward()
+        found.append([result.detach(), *(parameter.grad.clone() for parameter in network.parameters())])
+    assert all(torch.equal(torch.as_tensor(one), torch.as_tensor(other)) for one, other in zip(*found))
 
 
 # --- Parts, against independent forms ---

@@ -125,6 +125,23 @@ def test_the_right_reference_has_the_figures_of_an_evaluation(safety, tmp_path, 
     assert all(row != rows["right"] for name, row in rows.items() if name != "right")  # it sees the reference
 
 
+@pytest.mark.parametrize(("scale", "expected"), [(2, "model_2x.pt"), ((2, 3), "model.pt")])
+def test_the_factor_chooses_the_weights(safety, tmp_path, make_subject_folder, monkeypatch, capsys, scale, expected):
+    make_subject_folder(tmp_path / "data", names=["sub00", "sub01"])
+    models, files = tmp_path / "bundle" / "models", {}
+    models.mkdir(parents=True)
+    (tmp_path / "bundle" / "configs").symlink_to(ROOT / "bundle" / "configs")
+    for name in ("model.pt", "model_2x.pt"):
+        files[name] = build_network("srcnn_ref").state_dict()
+        torch.save(files[name], models / name)
+    used = []
+    monkeypatch.setattr(safety, "BUNDLE", tmp_path / "bundle")
+    monkeypatch.setattr(safety, "super_resolve", lambda network, image, *_: used.append(network) or image[:1])
+    safety.main(None, str(tmp_path / "data"), "sub00", scale, "srcnn_ref", slices=1)
+    assert f"srcnn_ref ({models / expected})" in capsys.readouterr().out
+    assert all(torch.equal(value, files[expected][name]) for name, value in used[0].state_dict().items())
+
+
 def test_what_the_network_gets(safety, tmp_path, make_subject_folder, monkeypatch):
     """The upsampled slices stay; the references are those of the rows, on the slices of the evaluation."""
     files = make_subject_folder(tmp_path / "data", names=["sub00", "sub01"])

@@ -264,6 +264,30 @@ def test_match_reference_names_both_files(tmp_path, make_subject_folder):
         MatchReferenced(["reference", "image"])(pair)
 
 
+@pytest.mark.parametrize(
+    ("matrix", "scale", "factors"),
+    [
+        ((24, 28), 2, (2, 2)),
+        ((24, 28), [2, 3], (2, 2.8)),
+        ((24, 28), 1.5, (1.5, 28 / 19)),
+        ((199, 201), 2, (1.99, 201 / 101)),
+        ((24, 28), 1, (1, 1)),
+    ],
+    ids=str,
+)
+def test_the_factor_of_a_pair_is_recorded(tmp_path, make_subject_folder, matrix, scale, factors):
+    files = make_subject_folder(tmp_path, n=1, shape=(*matrix, 2))["sub00"]
+    lr = write_low_resolution(files, tmp_path / "lr.nii.gz", scale)
+    pair = load_pair({"lr": lr, "t1": files["t1"]}, ("image", "reference"), ("lr", "t1"))
+    for interpolated in (False, True):  # in one file with its reference: nothing tells how much was measured
+        if interpolated == (scale == 1):
+            found = MatchReferenced(["image", "reference"])({**pair, "interpolated": interpolated})["factor"]
+            assert found.shape == (2,) and found.tolist() == pytest.approx(factors)
+    if scale == 1:
+        found = MatchReferenced(["image", "reference"], scale=1)(pair)["factor"]
+        assert found.tolist() == [1, 1]
+
+
 # --- training and inference
 
 

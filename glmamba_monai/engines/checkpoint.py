@@ -6,6 +6,8 @@ import copy
 import logging
 import os
 import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from glmamba_monai.data.datalist import DATALIST_FILE, Datalist, write_datalist
 from glmamba_monai.files import write_checkpoint
 from glmamba_monai.networks import NETWORKS, build_network, find_network
+from glmamba_monai.transforms.grid import whole_factor
+from glmamba_monai.transforms.volume import FACTOR_KEY
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE, WEIGHTS_FILE = "checkpoint.pt", "model.pt"
+FACTOR_FILE = "model_{}x.pt"  # weights for one factor alone
 LEARNT = 0.5  # dB above zero-filling: it has learnt something
 LOST = 0.2  # of the most it has learnt, at most: it has collapsed
 
@@ -76,6 +81,20 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str], name: str) ->
         name: registered name of the network, for the message.
 
     Raises:
+        FileNotFoundError, ValueError: see :func:`read_weights`.
+    """
+    network.load_state_dict(read_weights(network, path, name))
+
+
+def read_weights(network: nn.Module, path: str | os.PathLike[str], name: str) -> dict[str, torch.Tensor]:
+    """The weights in a file, which fit a network; the network stays as it is.
+
+    Args:
+        network: the network.
+        path: a bare state_dict, or a checkpoint of this package.
+        name: registered name of the network, for the message.
+
+    Raises:
         FileNotFoundError: there is no such file.
         ValueError: the weights belong to another network; the message names the one they fit.
     """
@@ -89,7 +108,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str], name: str) ->
     stored = content.get("name") if isinstance(content, dict) else None
     if stored in NETWORKS and not _same_layout(stored, name):  # rows of Table 1 differ in ways that no shape shows
         raise ValueError(f"{path}: the checkpoint is of network {stored!r}, not {name!r}: name it with --network")
-    network.load_state_dict(weights)
+    return weights
 
 
 def _same_layout(one: str, other: str) -> bool:
@@ -102,8 +121,19 @@ def _shapes(weights: Any) -> dict[str, tuple[int, ...]]:
     return {k: tuple(v.shape) for k, v in entries if isinstance(v, torch.Tensor)}
 
 
-def find_weights(weights: str | None, folders: list[str], network: nn.Module) -> str | None:
-    """The file of weights to use: the one named, else ``model.pt`` in the first folder that has it.
+def find_weights(
+    weights: str | None, folders: Sequence[str], network: nn.Module, factor: float | Sequence[float] | None = None
+) -> str | None:
+    """The file of weights to use: the one named, else one of the first folder that has any for that factor.
+
+    There ``model_2x.pt`` goes before ``model.pt`` where the factor is 2
+    (:func:`~glmamba_monai.transforms.grid.whole_factor`), and so on.
+
+    Args:
+        weights: the file that is named.
+        folders: where to look for another.
+        network: the network.
+        factor: in plane, a number or one per axis; None where there is none, or none is known: ``model.pt``.
 
     Returns:
         Its path; None for a network without parameters (an interpolation), which needs none.
@@ -111,41 +141,137 @@ def find_weights(weights: str | None, folders: list[str], network: nn.Module) ->
     Raises:
         FileNotFoundError: there is none. Random weights are never used in their place.
     """
-    if not any(True for _ in network.parameters()):
+    if not _has_parameters(network):
         return None
-    candidates = [Path(weights)] if weights is not None else [Path(folder) / WEIGHTS_FILE for folder in folders]
+    whole = None if factor is None else whole_factor(factor)
+    names = [WEIGHTS_FILE] if whole is None else [FACTOR_FILE.format(whole), WEIGHTS_FILE]
+    candidates = [Path(folder) / name for folder in folders for name in names] if weights is None else [Path(weights)]
     for path in candidates:
         if path.is_file():
             return str(path)
+    wanted = "" if weights is not None or factor is None else f" for the factor {_factor_name(factor)}"
     looked = " nor ".join(map(str, candidates))
+    others = {} if weights is not None else _factor_files(folders)
+    there = "; there is " + " and ".join(f"{path} for {only}x alone" for only, path in others.items()) if others else ""
     raise FileNotFoundError(
-        f"no weights: there is no {looked}. Train first (python -m monai.bundle run training --config_file "
-        "bundle/configs/train.json) or name a file with --weights"
+        f"no weights{wanted}: there is no {looked}{there}. Train first (python -m monai.bundle run training "
+        "--config_file bundle/configs/train.json) or name a file with --weights"
     )
 
 
+def possible_weights(folders: Sequence[str], network: nn.Module) -> list[str]:
+    """The files that :func:`find_weights` may choose where none is named, whatever the factor.
+
+    Args:
+        folders: where to look.
+        network: the network, with parameters.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    own = [find_weights(None, folders, network, factor) for factor in _factor_files(folders)]
+    if own and not any((Path(folder) / WEIGHTS_FILE).is_file() for folder in folders):
+        return own  # enough where all volumes have such a factor
+    return [*own, find_weights(None, folders, network)]
+
+
+def _has_parameters(network: nn.Module) -> bool:
+    return any(True for _ in network.parameters())
+
+
+def _factor_files(folders: Sequence[str]) -> dict[int, Path]:
+    """The factors for which there are weights of their own, and the first file of each."""
+    pattern = re.compile(re.escape(FACTOR_FILE).replace(r"\{\}", "([2-9]|[1-9][0-9]+)"))
+    found: dict[int, Path] = {}
+    for folder in folders:
+        for path in sorted(Path(folder).glob(FACTOR_FILE.format("*"))):
+            match = pattern.fullmatch(path.name)
+            if match:
+                found.setdefault(int(match[1]), path)
+    return found
+
+
+def _factor_name(factor: float | Sequence[float]) -> str:
+    return " x ".join(f"{f:.3g}" for f in np.atleast_1d(factor))
+
+
 class WeightsLoader:
-    """Loads weights before an evaluator runs; see :func:`find_weights` and :func:`load_weights`.
+    """Loads weights into the network of an evaluator; see :func:`find_weights` and :func:`load_weights`.
+
+    One file, before the evaluator runs, where a file or the factor is named. Else each volume gets the weights of its
+    factor, which stands in the batch under ``factor``
+    (:class:`~glmamba_monai.transforms.MatchReferenced`); a file is loaded when it is another one than before.
+
+    What is missing or unfit is refused as early as that can be known: on construction where no folder has weights, or
+    none for the factor that is named; before the first volume is loaded where any file that may be chosen does not
+    fit the network; before the network sees a volume where there are none for its factor.
 
     Args:
         network: the network.
         name: its registered name.
-        folders: where to look for ``model.pt``, in this order.
+        folders: where to look for weights, in this order.
         weights: the file to use instead.
+        scale: the factor of all volumes, or one per in-plane axis; "auto" where each has its own.
+
+    Attributes:
+        path: of the weights in use; None before the first volume where each has its own factor, and for a network
+            without parameters.
+
+    Raises:
+        FileNotFoundError, ValueError: weights are missing or do not fit.
     """
 
-    def __init__(self, network: nn.Module, name: str, folders: list[str], weights: str | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        folders: Sequence[str],
+        weights: str | None = None,
+        scale: str | float | Sequence[float] = "auto",
+    ) -> None:
         self.network = network
         self.name = name
-        self.path = find_weights(weights, folders, network)  # refuse now, before anything has been computed
+        self.folders = folders
+        self.by_volume = weights is None and isinstance(scale, str) and _has_parameters(network)
+        self.path: str | None = None
+        if self.by_volume:
+            self.choices = possible_weights(folders, network)
+        else:
+            self.path = find_weights(weights, folders, network, None if isinstance(scale, str) else scale)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self)
+        if self.by_volume:
+            engine.add_event_handler(Events.ITERATION_STARTED, self.volume_started)
 
     def __call__(self, engine: Engine | None = None) -> None:
-        if self.path is not None:
+        if self.by_volume:
+            self.path = None  # since an earlier run anything may have become of the network
+            for path in self.choices:
+                read_weights(self.network, path, self.name)
+        elif self.path is not None:
             load_weights(self.network, self.path, self.name)
             logger.info("weights of %s loaded from %s", self.name, self.path)
+
+    def volume_started(self, engine: Engine) -> None:
+        batch = engine.state.batch
+        subjects = ", ".join(map(str, batch.get("subject", ["the volume"])))
+        factors = batch[FACTOR_KEY].reshape(-1, 2).tolist() if FACTOR_KEY in batch else [None]
+        try:
+            files = {find_weights(None, self.folders, self.network, factor): factor for factor in factors}
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{subjects}: {error}") from error
+        if len(files) > 1:
+            named = " and ".join(map(str, files))
+            raise ValueError(f"{subjects}: their factors ask for the weights {named}; expected one volume a batch")
+        ((path, factor),) = files.items()
+        another = path != self.path
+        if another:
+            load_weights(self.network, path, self.name)
+            self.path = path
+        known = "" if factor is None else f" (factor {_factor_name(factor)})"
+        done = "loaded from" if another else "kept, those of"
+        logger.info("weights of %s %s %s for %s%s", self.name, done, path, subjects, known)
 
 
 class WeightAverage:

@@ -64,7 +64,7 @@ def deform_conv2d(
         pad_y, pad_x = padding
     _check_shapes(input, offset, weight, bias, pad_y, pad_x, mask)
     if input.is_meta:
-        return input.new_empty(input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
+        return input.new_empty((input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3]))
     if torch.jit.is_scripting():
         if backend is not None and backend != "torch":
             raise ValueError(f"backend: found {backend}, expected 'torch' or None in a scripted module")
@@ -368,7 +368,7 @@ def _native_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _without_none(grad: Tensor, gradients: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> tuple[Tensor, ...]:
     """Gradients as the operator returns them: that of a mask that is not there is empty."""
     grad_input, grad_offset, grad_weight, grad_mask = gradients
-    return grad_input, grad_offset, grad_weight.contiguous(), grad.new_empty(0) if grad_mask is None else grad_mask
+    return grad_input, grad_offset, grad_weight.contiguous(), grad.new_empty((0,)) if grad_mask is None else grad_mask
 
 
 @torch.library.register_fake("glmamba::deform_conv2d_backward")

@@ -193,7 +193,7 @@ def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.impl("glmamba::ss2d_scan", "cpu")
 def _native_forward(u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, states = backends.load_backend("ss2d_scan", "native").scan_forward(u, *arguments[:7])
-    return y, states, u.new_empty(0)
+    return y, states, u.new_empty((0,))  # a tuple, for MONAI's MetaTensor takes no number
 
 
 @torch.library.register_fake("glmamba::ss2d_scan")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import nibabel as nib
@@ -20,6 +21,7 @@ FIELD_OF_VIEW_TOLERANCE = 0.45
 THICK_SLICES = 1.5  # spacing across slices over spacing in plane from which a stack counts as thick
 MIN_FACTOR = 1.25  # pixels of a low-resolution volume over those of its reference
 ABOUT = 0.05  # a factor this little beyond what networks are trained for is as good
+WHOLE = 0.02  # of a whole factor, at most: an odd matrix, 239 of 120 rows, makes 1.99 of 2
 MIN_COMMON = 0.25  # of the low-resolution field of view: less shows two different parts of the body
 PLANES = {"sagittal": "LR", "coronal": "AP", "axial": "IS"}  # the plane, and the direction across its slices
 
@@ -122,6 +124,23 @@ def slice_axes(affine: np.ndarray, slice_axis: str | int = "auto") -> list[int]:
 def low_resolution_size(size: int, scale: float) -> int:
     """Matrix size ``ceil(size / scale)`` that an axis keeps in low resolution (docs/data.md, preprocessing)."""
     return math.ceil(size / scale - 1e-9)  # the tolerance keeps rounding of a fractional factor from adding a line
+
+
+def whole_factor(scale: float | Sequence[float]) -> int | None:
+    """The whole number that a factor in plane is, along every axis that is named and to 2 %.
+
+    Args:
+        scale: a number, or one per axis.
+
+    Returns:
+        2 or more; None for any other factor, and for 1: such a volume is not low-resolution, or has been interpolated,
+        and nothing tells how much of it was measured.
+    """
+    factors = [scale] if isinstance(scale, Real) else list(scale)
+    if not factors or not all(isinstance(f, Real) and math.isfinite(f) for f in factors):
+        return None
+    whole = round(factors[0])
+    return whole if whole >= 2 and all(abs(f - whole) <= WHOLE * whole for f in factors) else None
 
 
 def match_grids(

@@ -38,6 +38,7 @@ REGISTER = (False, True, "affine", "auto")
 # With "auto": a smaller move is no misalignment that a header check should mend, and a smaller volume no head.
 CLEAR_MOVE = 1.0  # mm
 SMALLEST_HEAD = 50.0  # mm, the shortest side of the field of view
+FACTOR_KEY = "factor"  # of a deployment pair, (2,): the reference's matrix in plane over that of the stack
 INTERPOLATED_KEY = "interpolated"  # true of a pair in one file: the target has the reference's matrix
 
 
@@ -260,6 +261,9 @@ class MatchReferenced(MapTransform):
     (:func:`~glmamba_monai.transforms.grid.plan_common_grid`), each voxel the mean of the reference over its extent, and
     a warning says what was done. Then ``common_rows`` holds what it covers in plane, for :class:`SlicesBackd`.
 
+    ``factor (2,)`` of the item says how many times finer the reference is in plane, which chooses the weights
+    (:class:`~glmamba_monai.engines.WeightsLoader`); 1 of a stack that the scanner has interpolated.
+
     Args:
         keys: the low-resolution volume, then the reference.
         scale: see :func:`~glmamba_monai.transforms.grid.match_grids`.
@@ -325,6 +329,8 @@ class MatchReferenced(MapTransform):
             reference = registration.apply(reference, matrix)
         d[image_key], d[reference_key] = image, reference
         d[SLICE_AXIS_KEY] = axis
+        # Over one field of view by now, slices last.
+        d[FACTOR_KEY] = torch.tensor([fine / coarse for fine, coarse in zip(reference.shape[1:3], image.shape[1:3])])
         return d
 
 
