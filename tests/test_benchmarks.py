@@ -43,6 +43,17 @@ def tables(text):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_sanitize(device, capsys, monkeypatch):
+    sanitize = importlib.import_module("sanitize")
+    monkeypatch.setattr(sanitize, "SLICES", ((1, 8, 12),))
+    monkeypatch.setattr(sanitize, "SCANS", ((8, 1, 6, 10, True),))
+    monkeypatch.setattr(sanitize, "CONVOLUTIONS", ((4, 3, 5, 7),))
+    sanitize.main(device)
+    lines = [line.partition(" ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("run_")]
+    assert lines == ["run_network"] * 2 + ["run_scan"] * 2 + ["run_convolution"] * 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_operators(device, capsys):
     importlib.import_module("operators").main(device, side=16, channels=8, batch=(2, 1), seconds=0, threads=2)
     text = capsys.readouterr().out
