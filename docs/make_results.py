@@ -1,6 +1,6 @@
 """The figures of docs/results.md: super-resolved slices, zoomed insets, error maps, the truth and the reference.
 
-    python docs/make_results.py --weights "{'glmamba': 'bundle/models/model.pt'}" --subject_dir DATA/patient07
+    python docs/make_results.py --subject_dir DATA/patient07
 
 needs matplotlib (test extra). It draws only data that may be published: the phantom, and the CC-BY sets of multiple
 sclerosis patients (Lesjak et al., 2016 and 2017).
@@ -23,7 +23,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from glmamba_monai.data import demo_data
-from glmamba_monai.engines.checkpoint import load_weights
+from glmamba_monai.engines.checkpoint import find_weights, load_weights
 from glmamba_monai.files import write_atomically
 from glmamba_monai.metrics import slice_metrics
 from glmamba_monai.networks import build_network
@@ -35,7 +35,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-CONFIG = Path(__file__).resolve().parent.parent / "bundle" / "configs" / "train.json"
+BUNDLE = Path(__file__).resolve().parent.parent / "bundle"
+CONFIG = BUNDLE / "configs" / "train.json"
 PUBLISHABLE = ("openms_long", "openms_mni")  # names of the data sets' folders, beside the phantom's
 INSET = 0.25  # side of the zoomed square over the shorter side of the head
 MARGIN = 4  # pixels around the head
@@ -86,12 +87,14 @@ def load_slice(folder: Path, target: str, reference: str, scale: float, index: i
 
 
 @torch.inference_mode()
-def super_resolve(weights: dict[str, str], pair: Slice) -> dict[str, Tensor]:
+def super_resolve(weights: dict[str, str | None], pair: Slice, scale: float) -> dict[str, Tensor]:
     """``{network: (X, Y)}``, zero-filling first."""
     found = {"zero_filling": pair.upsampled}
-    for name, file in weights.items():
+    for name, named in weights.items():
         network = build_network(name).eval()
-        load_weights(network, file, name)
+        file = find_weights(named, [str(BUNDLE / "models")], network, scale)
+        if file is not None:
+            load_weights(network, file, name)
         found[name] = network(torch.stack((pair.upsampled, pair.reference))[None])[0, 0]
     return found
 
@@ -178,8 +181,8 @@ def make_figure(pair: Slice, results: dict[str, Tensor], heading: str, contrasts
 
 
 def main(
-    weights: dict[str, str],
     subject_dir: str | None = None,
+    weights: dict[str, str | None] | None = None,
     target: str = "t2",
     reference: str = "t1",
     scales: float | Sequence[float] = (2, 4),
@@ -189,8 +192,9 @@ def main(
     """Draw a figure a factor, OUTPUT_DIR/SUBJECT_SCALEx.png.
 
     Args:
-        weights: file of weights of each network, in the order of the rows.
         subject_dir: folder with target and reference; a subject of the phantom if there is none.
+        weights: file of weights of each network, in the order of the rows, None for the bundle's for that factor;
+            glmamba with those if there is none.
         target: contrast to super-resolve.
         reference: contrast that guides.
         scales: one factor or several.
@@ -203,7 +207,8 @@ def main(
         pair = load_slice(folder, target, reference, scale, index)
         heading = f"{folder.parent.name}/{folder.name}, {target.upper()} at {scale:g}x"
         contrasts = (f"{target.upper()}, truth", f"{reference.upper()}, reference")
-        figure = make_figure(pair, super_resolve(weights, pair), heading, contrasts)
+        found = super_resolve(weights or {"glmamba": None}, pair, scale)
+        figure = make_figure(pair, found, heading, contrasts)
         path = Path(output_dir) / f"{folder.name}_{scale:g}x.png"
         write_atomically(path, lambda p, figure=figure: figure.savefig(p, dpi=100))
         plt.close(figure)

@@ -67,7 +67,7 @@ def test_figures_of_a_subject(results, tmp_path, make_subject_folder, capsys):
     torch.nn.init.normal_(network.reconstruction.weight, std=0.01)
     torch.save(network.state_dict(), tmp_path / "model.pt")
     weights = {"srcnn_ref": str(tmp_path / "model.pt")}
-    results.main(weights, str(tmp_path / "openms_mni" / "patient07"), scales=(2, 3), output_dir=str(tmp_path / "out"))
+    results.main(str(tmp_path / "openms_mni" / "patient07"), weights, scales=(2, 3), output_dir=str(tmp_path / "out"))
     names = [tmp_path / "out" / f"patient07_{scale}x.png" for scale in (2, 3)]
     assert capsys.readouterr().out.split() == [str(name) for name in names]
     assert sorted((tmp_path / "out").iterdir()) == names
@@ -76,7 +76,7 @@ def test_figures_of_a_subject(results, tmp_path, make_subject_folder, capsys):
     assert not np.array_equal(*pictures)
 
     found = results.load_slice(tmp_path / "openms_mni" / "patient07", "t2", "t1", 2, 1)
-    slices = results.super_resolve(weights, found)
+    slices = results.super_resolve(weights, found, 2)
     assert list(slices) == ["zero_filling", "srcnn_ref"] and torch.equal(slices["zero_filling"], found.upsampled)
     with torch.no_grad():
         expected = network.eval()(torch.stack((found.upsampled, found.reference))[None])[0, 0]
@@ -87,6 +87,6 @@ def test_pictures_of_other_data_are_refused(results, tmp_path, make_subject_fold
     monkeypatch.setattr(results, "demo_data", lambda: str(tmp_path / "phantom"))
     make_subject_folder(tmp_path / "brats", names=["TCGA-00"])
     with pytest.raises(ValueError, match=r"TCGA-00: expected a subject of openms_long .* no picture may be published"):
-        results.main({}, str(tmp_path / "brats" / "TCGA-00"), output_dir=str(tmp_path / "out"))
+        results.main(str(tmp_path / "brats" / "TCGA-00"), output_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     results.require_publishable(tmp_path / "phantom" / "subject-005")

@@ -18,7 +18,8 @@ from glmamba_monai.transforms import KSpaceLowResolution, KSpaceUpsample, ScaleB
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bundle" / "models"
-GENERAL, FOR_2X = "model.pt", "model_2x.pt"  # MONAI Label takes the shortest name
+GENERAL, FOR_ONE = "model.pt", {2: "model_2x.pt", 3: "model_3x.pt", 4: "model_4x.pt"}
+NAMES = [GENERAL, *FOR_ONE.values()]  # MONAI Label takes the shortest name
 
 
 @functools.cache
@@ -29,24 +30,29 @@ def shipped(name):
 
 
 def test_there_is_no_other_file():
-    assert sorted(p.name for p in FOLDER.glob("*.pt")) == [GENERAL, FOR_2X]
+    assert sorted(p.name for p in FOLDER.glob("*.pt")) == sorted(NAMES)
 
 
-@pytest.mark.parametrize("name", [GENERAL, FOR_2X])
+def test_all_of_them_are_a_small_download():
+    assert sum((FOLDER / name).stat().st_size for name in NAMES) < 25e6
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_they_load_without_a_gpu_and_without_running_code(name):
     weights = torch.load(FOLDER / name, weights_only=True)  # no map_location: tensors go back to where they were saved
     assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
-    assert all(tensor.isfinite().all() for tensor in weights.values())
-    assert (FOLDER / name).stat().st_size < 25e6
+    assert all(tensor.isfinite().all() for tensor in weights.values())  # also where half precision holds them
 
 
-@pytest.mark.parametrize("name", [GENERAL, FOR_2X])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("page", ["bundle/docs/README.md", "docs/results.md"])
 def test_the_documented_checksum_is_theirs(name, page):
     assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() in (ROOT / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("name", "scale"), [(GENERAL, 2), (GENERAL, 4), (FOR_2X, 2)])
+@pytest.mark.parametrize(
+    ("name", "scale"), [(GENERAL, 2), (GENERAL, 4), *((name, scale) for scale, name in FOR_ONE.items())]
+)
 @pytest.mark.parametrize("reference", ["right", "of another head", "none"])
 def test_they_super_resolve_and_a_wrong_reference_does_no_harm(name, scale, reference):
     folder = Path(demo_data())
