@@ -1,6 +1,6 @@
 """What a wrong reference does: PSNR and SSIM with the right one, another subject's, none, a shifted and a rotated one.
 
-python benchmarks/reference_safety.py --weights bundle/models/model.pt --dataset_dir DATA --subject patient07 --scale 2
+python benchmarks/reference_safety.py --dataset_dir DATA --subject patient07 --scale 2
 """
 
 from __future__ import annotations

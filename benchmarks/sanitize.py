@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glmamba_monai.losses import GLMambaLoss
 from glmamba_monai.networks import build_network
-from glmamba_monai.ops import deform_conv2d, format_backend_report, ss2d_scan
+from glmamba_monai.ops import backend_report, deform_conv2d, format_backend_report, ss2d_scan
 
 DTYPES = (torch.float32, torch.bfloat16)
 SLICES = ((1, 30, 22), (2, 32, 40))  # batch, H, W
@@ -70,6 +70,9 @@ def main(device: str = "cuda") -> None:
         device: cuda; cpu runs the kernels of the CPU.
     """
     print(format_backend_report())
+    others = {op: entry["cuda"] for op, entry in backend_report().items() if entry["cuda"] != "triton"}
+    if device == "cuda" and others:
+        raise RuntimeError(f"expected Triton's kernels for every operation, but others run: {others}")
     torch.manual_seed(0)
     begin = time.perf_counter()
     cases = [

@@ -48,6 +48,8 @@ def super_resolve(
     # Ignite logs every error that ends a run, which main reports, and MONAI that its logging is left alone.
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
     logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("glmamba_monai.engines.checkpoint").setLevel(logging.INFO)  # which weights are used
     inference.super_resolve(
         image,
         reference,

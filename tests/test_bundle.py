@@ -38,6 +38,7 @@ SHORT = {
     "batch_size": 2,
     "crop_size": 16,
     "warmup_steps": 1,
+    "val_interval": 1,
     "val_slices": 3,
 }
 

@@ -13,6 +13,7 @@ from glmamba_monai.transforms.grid import (
     find_slice_axis,
     low_resolution_size,
     match_grids,
+    matrix_factor,
     require_same_grid,
     slice_axes,
     whole_factor,
@@ -261,6 +262,16 @@ def test_other_slices_are_refused(affine):
 )
 def test_a_factor_that_is_one_whole_number(scale, expected):
     assert whole_factor(scale) == expected
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_every_matrix_that_a_whole_factor_leaves_is_of_that_factor(factor):
+    for size in range(32, 400):
+        coarse = low_resolution_size(size, factor)
+        assert matrix_factor([size, 240], [coarse, 240 // factor]) == [factor, factor]
+    assert matrix_factor([240, 240], [160, 160]) == [1.5, 1.5]
+    assert matrix_factor([200, 240], [100, 60]) == [2, 4]
+    assert matrix_factor([200, 200], [101, 101]) == pytest.approx([200 / 101] * 2)
 
 
 def test_interpolated_volumes_need_scale_1(affine):

@@ -317,6 +317,7 @@ def said_of_weights(caplog):
     ids=str,
 )
 def test_the_factor_chooses_the_weights(tmp_path, make_subject_folder, bundle, caplog, scale, options, expected):
+    options = dict(options)  # the parametrisation's own stays as it is
     made = {name: options.pop(name) for name in ("shape", "mode") if name in options}
     files = low_resolution(tmp_path, make_subject_folder, scale, **made)
     if "weights" in options:

@@ -60,7 +60,7 @@ def test_what_is_zoomed(results):
     assert results.head_window(mask) == (slice(1, 29), slice(2, 34))
 
 
-def test_figures_of_a_subject(results, tmp_path, make_subject_folder, capsys):
+def test_figures_of_a_subject(results, tmp_path, make_subject_folder, capsys, monkeypatch):
     make_subject_folder(tmp_path / "openms_mni", names=["patient07"], shape=(40, 48, 5))
     torch.manual_seed(0)
     network = build_network("srcnn_ref")
@@ -81,6 +81,14 @@ def test_figures_of_a_subject(results, tmp_path, make_subject_folder, capsys):
     with torch.no_grad():
         expected = network.eval()(torch.stack((found.upsampled, found.reference))[None])[0, 0]
     torch.testing.assert_close(slices["srcnn_ref"], expected)
+
+    # No file named: the bundle's for that factor.
+    monkeypatch.setattr(results, "BUNDLE", tmp_path / "bundle")
+    (tmp_path / "bundle" / "models").mkdir(parents=True)
+    (tmp_path / "model.pt").rename(tmp_path / "bundle" / "models" / "model_2x.pt")
+    torch.testing.assert_close(results.super_resolve({"srcnn_ref": None}, found, 2)["srcnn_ref"], expected)
+    with pytest.raises(FileNotFoundError, match="no weights for the factor 3"):
+        results.super_resolve({"srcnn_ref": None}, found, 3)
 
 
 def test_pictures_of_other_data_are_refused(results, tmp_path, make_subject_folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,14 @@ def losses_of_training(network, inferer, batches, autocast=False):
     return losses
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(10_000, 500), (2_500, 500), (100, 20), (3, 0)])
+def test_the_readme_names_the_default_length():
+    plan = training_plan("a data set")
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"| {plan.epochs}, {plan.iterations_per_epoch}, {plan.batch_size} | length of the training |" in readme
+    assert f"| `--crop_size` | {plan.crop_size} | " in readme
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(24_000, 500), (2_500, 500), (100, 20), (3, 0)])
 def test_a_short_training_has_a_short_warm_up(steps, expected):
     assert training_plan("a data set").warmup(steps) == expected
 

@@ -380,7 +380,7 @@ def _fake_backward(
         moved = [torch.empty_like(x) for x in given]
     else:
         moved = [torch.empty_like(x, memory_format=torch.channels_last) for x in given]
-    grad_mask = grad.new_empty(0) if mask is None else moved[1]
+    grad_mask = grad.new_empty((0,)) if mask is None else moved[1]
     grad_input = torch.empty_like(input, memory_format=torch.channels_last)
     return grad_input, moved[0], torch.empty_like(weight, memory_format=torch.contiguous_format), grad_mask
 

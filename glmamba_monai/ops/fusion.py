@@ -148,9 +148,9 @@ def _fake_fuse_modalities(
     batch, _, _, channels = low_resolution.shape
     return (
         low_resolution.new_empty(low_resolution.shape),
-        low_resolution.new_empty(batch, 3 * channels, dtype=torch.float32),
-        low_resolution.new_empty(batch, 3 * channels, dtype=torch.int32),
-        low_resolution.new_empty(batch, 3, dtype=torch.float32),
+        low_resolution.new_empty((batch, 3 * channels), dtype=torch.float32),
+        low_resolution.new_empty((batch, 3 * channels), dtype=torch.int32),
+        low_resolution.new_empty((batch, 3), dtype=torch.float32),
     )
 
 
@@ -168,9 +168,9 @@ def _fake_fuse_modalities_backward(
         low_resolution.new_empty(low_resolution.shape),
         reference.new_empty(reference.shape),
         complement_weight.new_empty(complement_weight.shape),
-        complement_bias.new_empty(2),
+        complement_bias.new_empty((2,)),
         mixture_weight.new_empty(mixture_weight.shape),
-        mixture_weight.new_empty(3),
+        mixture_weight.new_empty((3,)),
     )
 
 

@@ -182,7 +182,7 @@ def _fake_norm_gate(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None
 def _fake_norm_gate_backward(
     dout: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dgate = y.new_empty(0) if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
+    dgate = y.new_empty((0,)) if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
     return torch.empty(y.shape, dtype=y.dtype, device=y.device), torch.empty_like(weight), torch.empty_like(bias), dgate
 
 

@@ -218,7 +218,8 @@ def _fake_forward(
         -(-count // size)
         for count, size in ((length, native.STEPS), (channels, native.BLOCK), (A.shape[2], native.GROUP))
     )
-    return y, u.new_empty(regions, 4, chunks, blocks, groups * native.GROUP, native.BLOCK), u.new_empty(0)
+    states = u.new_empty((regions, 4, chunks, blocks, groups * native.GROUP, native.BLOCK))
+    return y, states, u.new_empty((0,))
 
 
 @torch.library.impl("glmamba::ss2d_scan_backward", "cuda")
@@ -420,4 +421,4 @@ def _triton_time_step(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> Tensor
 @torch.library.register_fake("glmamba::time_step")
 def _fake_time_step(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> Tensor:
     batch, height, width, directions, _ = dt.shape
-    return dt.new_empty(directions, batch, height, width, dt_proj.shape[1]).permute(1, 2, 3, 0, 4)
+    return dt.new_empty((directions, batch, height, width, dt_proj.shape[1])).permute(1, 2, 3, 0, 4)

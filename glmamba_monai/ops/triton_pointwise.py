@@ -207,9 +207,9 @@ def norm_gate_backward(
     y, dout = y.contiguous(), dout.contiguous()
     flat_gate, gate_row = (y, channels) if gate is None else _even_rows(gate)
     dy = torch.empty_like(y)
-    dgate = y.new_empty(0) if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
+    dgate = y.new_empty((0,)) if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
     programs = _programs(y, triton.cdiv(rows, constants["ROWS"]))
-    dweight, dbias = (y.new_empty(programs, channels, dtype=torch.float32) for _ in range(2))
+    dweight, dbias = (y.new_empty((programs, channels), dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(y):
         _norm_gate_backward_kernel[(programs,)](
             *(dout, y, weight.float(), bias.float(), flat_gate, dy, dgate, dweight, dbias),
@@ -240,7 +240,7 @@ def bias_silu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
     flat, x_row = _even_rows(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     programs = _programs(x, triton.cdiv(rows, constants["ROWS"]))
-    dbias = x.new_empty(programs, channels, dtype=torch.float32)
+    dbias = x.new_empty((programs, channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _bias_silu_backward_kernel[(programs,)](
             dout.contiguous(), flat, bias.float(), dx, dbias, rows, channels, x_row, **constants

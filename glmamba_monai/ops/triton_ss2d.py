@@ -753,7 +753,7 @@ def backward(
     delta_bias = D if delta_bias is None else delta_bias.float().contiguous()  # D: any pointer, none is read
     tiles = launch.chunk * triton.cdiv(launch.longest, BACKWARD.tokens)
     adjoint_carries = torch.zeros_like(carries)
-    starts = u.new_empty(launch.regions, 2, launch.chunks, tiles, *carries.shape[3:], dtype=torch.float32)
+    starts = u.new_empty((launch.regions, 2, launch.chunks, tiles, *carries.shape[3:]), dtype=torch.float32)
     first_du = torch.empty((2, *u.shape), dtype=torch.float32, device=u.device)
     du = torch.zeros(u.shape, dtype=torch.float32, device=u.device)
     _, height, width, _, _ = delta.shape

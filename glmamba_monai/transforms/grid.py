@@ -21,7 +21,7 @@ FIELD_OF_VIEW_TOLERANCE = 0.45
 THICK_SLICES = 1.5  # spacing across slices over spacing in plane from which a stack counts as thick
 MIN_FACTOR = 1.25  # pixels of a low-resolution volume over those of its reference
 ABOUT = 0.05  # a factor this little beyond what networks are trained for is as good
-WHOLE = 0.02  # of a whole factor, at most: an odd matrix, 239 of 120 rows, makes 1.99 of 2
+WHOLE = 0.02  # of a whole factor, at most, that a factor may differ from it
 MIN_COMMON = 0.25  # of the low-resolution field of view: less shows two different parts of the body
 PLANES = {"sagittal": "LR", "coronal": "AP", "axial": "IS"}  # the plane, and the direction across its slices
 
@@ -124,6 +124,18 @@ def slice_axes(affine: np.ndarray, slice_axis: str | int = "auto") -> list[int]:
 def low_resolution_size(size: int, scale: float) -> int:
     """Matrix size ``ceil(size / scale)`` that an axis keeps in low resolution (docs/data.md, preprocessing)."""
     return math.ceil(size / scale - 1e-9)  # the tolerance keeps rounding of a fractional factor from adding a line
+
+
+def matrix_factor(fine: Sequence[int], coarse: Sequence[int]) -> list[float]:
+    """How many times more rows and columns one matrix has than another, over the same field of view.
+
+    Where the coarse matrix is what a whole factor leaves of the fine one (33 of 129 rows at a factor of 4), it is that
+    factor, although 129 / 33 is 3.91.
+    """
+    whole = round(fine[0] / coarse[0])
+    if whole >= 1 and all(low_resolution_size(f, whole) == c for f, c in zip(fine, coarse)):
+        return [float(whole)] * len(coarse)
+    return [f / c for f, c in zip(fine, coarse)]
 
 
 def whole_factor(scale: float | Sequence[float]) -> int | None:

@@ -23,6 +23,7 @@ from glmamba_monai.transforms.grid import (
     OtherGridError,
     find_slice_axis,
     match_grids,
+    matrix_factor,
     plan_common_grid,
     require_same_grid,
 )
@@ -330,7 +331,7 @@ class MatchReferenced(MapTransform):
         d[image_key], d[reference_key] = image, reference
         d[SLICE_AXIS_KEY] = axis
         # Over one field of view by now, slices last.
-        d[FACTOR_KEY] = torch.tensor([fine / coarse for fine, coarse in zip(reference.shape[1:3], image.shape[1:3])])
+        d[FACTOR_KEY] = torch.tensor(matrix_factor(reference.shape[1:3], image.shape[1:3]))
         return d
 
 
