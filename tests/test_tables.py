@@ -21,7 +21,15 @@ from glmamba_monai.networks import NETWORKS
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 # Seconds instead of hours.
-SHORT = {"epochs": 2, "iterations_per_epoch": 2, "batch_size": 2, "crop_size": 16, "warmup_steps": 1, "val_slices": 2}
+SHORT = {
+    "epochs": 2,
+    "iterations_per_epoch": 2,
+    "batch_size": 2,
+    "crop_size": 16,
+    "warmup_steps": 1,
+    "val_interval": 1,
+    "val_slices": 2,
+}
 
 
 @pytest.fixture(autouse=True)
