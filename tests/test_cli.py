@@ -11,17 +11,21 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from glmamba_monai import simulate as simulate_in_python
 from glmamba_monai import super_resolve as super_resolve_in_python
 from glmamba_monai.__main__ import main
+from glmamba_monai.networks import build_network
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
 def loggers_as_they_were():
-    loggers = [logging.getLogger(name) for name in ("ignite", "monai.bundle.workflows")]
+    loggers = [
+        logging.getLogger(name) for name in ("ignite", "monai.bundle.workflows", "glmamba_monai.engines.checkpoint")
+    ]
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels):
@@ -103,6 +107,14 @@ def test_data_consistency_is_switched_on(tmp_path, files, command, option):
     np.testing.assert_array_equal(data(output), expected[0].numpy())
     without = super_resolve_in_python(files["lr"], files["t1"], network="bicubic")
     assert not np.allclose(data(output), without[0].numpy(), rtol=1e-2)
+
+
+def test_super_resolve_says_which_weights_it_takes(tmp_path, files, command, caplog):
+    torch.save(build_network("srcnn_ref").state_dict(), tmp_path / "w.pt")
+    options = ["--network", "srcnn_ref", "--weights", tmp_path / "w.pt"]
+    status, _, err = command("super-resolve", files["lr"], files["t1"], tmp_path / "sr.nii.gz", *options)
+    assert status == 0, err
+    assert f"weights of srcnn_ref loaded from {tmp_path / 'w.pt'}" in caplog.text
 
 
 def test_the_self_ensemble_prints_both_files(tmp_path, files, command):
