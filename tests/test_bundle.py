@@ -278,6 +278,7 @@ def test_items_become_batches_again():
     assert [item["image"] for item in items] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_throughput_of_a_training_is_compared_with_its_bare_step(dataset_dir, tmp_path):
     script = BUNDLE.parent / "benchmarks" / "training_throughput.py"
     arguments = options(

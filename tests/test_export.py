@@ -115,7 +115,7 @@ def test_onnx_by_the_command_equals_eager_at_any_size(onnxruntime, tmp_path, mon
             {**SMALL, "lr_scan": "local", "ref_scan": "global", "fusion": "add"},
             marks=pytest.mark.slow,
         ),
-        ("table1_lr_global", SMALL),
+        pytest.param("table1_lr_global", SMALL, marks=pytest.mark.slow),
         ("srcnn_ref", {}),
     ],
 )
