@@ -162,10 +162,7 @@ def test_a_wrong_input_is_refused(shape):
         tiny("glmamba")(torch.rand(shape))
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 def test_a_tensor_of_monai_gives_what_a_plain_one_gives(device):
     """As MONAI's loaders hand it over: the operators and their gradients take it, too."""
     network, x, found = tiny("glmamba").to(device), torch.rand(1, 2, 12, 16, device=device), []
