@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
-from monai.data import Dataset, MetaTensor
+from monai.data import DataLoader, Dataset, MetaTensor, get_track_meta
 from monai.transforms import Compose
 from scipy.ndimage import center_of_mass
 
 from glmamba_monai.data import ContrastPairs, ContrastVolume, SliceDraw, SliceSampler, contrast_items, volume_dataset
-from glmamba_monai.transforms import FACTORS, RandLowResolutiond, RandPixelSized, inverted_contrast
+from glmamba_monai.transforms import FACTORS, RandChangedd, RandLowResolutiond, RandPixelSized, inverted_contrast
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 
@@ -113,7 +113,7 @@ def test_the_overlay_for_one_factor_leaves_out_what_serves_generality(scale):
         "RandScaleIntensityd": 0.5,
         "RandRicianNoised": 0,
     }
-    assert (names[4], names[7], names[8]) == ("RandLambdad", "RandLambdad", "RandScaleIntensityd")
+    assert (names[4], names[7], names[8]) == ("RandChangedd", "RandChangedd", "RandScaleIntensityd")
     assert (probabilities[4], probabilities[7], probabilities[8]) == (0.02, 0, 0.5)
     degrade = steps[9]
     assert isinstance(degrade, RandLowResolutiond)
@@ -232,6 +232,50 @@ def test_missing_and_wrong_references_come_up_as_often_as_said(volumes):
     draws = [SliceDraw(i % 3, 0.5, i) for i in range(600)]
     empty = np.mean([bool((pairs[d]["image"][1] == 0).all()) for d in draws])
     assert empty == pytest.approx(0.05, abs=0.03)
+
+
+def test_a_function_is_applied_as_often_as_said_and_to_the_named_images_alone():
+    change = RandChangedd("reference", torch.negative, prob=0.3)
+    image = torch.rand(1, 3, 4)
+    changed = []
+    for seed in range(400):
+        change.set_random_state(seed=seed)
+        made = change({"target": image, "reference": image})
+        assert made["target"] is image
+        changed.append(made["reference"] is not image)
+        assert torch.equal(made["reference"], -image if changed[-1] else image)
+    assert np.mean(changed) == pytest.approx(0.3, abs=0.07)
+
+
+# --- in processes of a data loader
+
+
+def test_workers_make_the_same_samples_though_they_do_without_meta(volumes):
+    """All transforms of the overlay, each of them in some of the draws."""
+    slices = ContrastPairs(volumes, augmentation(crop_size=24))
+    draws = [SliceDraw(i % 3, (i % 7) / 7, i) for i in range(120)]
+    loader = DataLoader(slices, batch_size=8, sampler=draws, num_workers=2)
+    assert get_track_meta()
+    for i, batch in enumerate(loader):
+        for key, made in batch.items():
+            assert not isinstance(made, MetaTensor)
+            expected = torch.stack([slices[draw][key] for draw in draws[8 * i : 8 * i + 8]])
+            # not the same bits: an FFT of one thread, which a worker has, rounds in another way
+            assert torch.allclose(made, expected, rtol=0, atol=1e-6), key
+
+
+@pytest.mark.parametrize("worker", [False, True])
+def test_meta_is_done_without_in_workers_alone_and_comes_back(monkeypatch, volumes, worker):
+    monkeypatch.setattr("glmamba_monai.data.dataset.get_worker_info", lambda: object() if worker else None)
+    seen = []
+
+    def transform(sample):
+        seen.append(get_track_meta())
+        raise ValueError("no slice")
+
+    with pytest.raises(RuntimeError, match="applying transform"):
+        ContrastPairs(volumes, transform)[SliceDraw(0, 0.5, 0)]
+    assert seen == [not worker] and get_track_meta()
 
 
 # --- pairs

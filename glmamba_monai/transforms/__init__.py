@@ -1,4 +1,10 @@
-from glmamba_monai.transforms.augmentation import FACTORS, RandLowResolutiond, RandPixelSized, inverted_contrast
+from glmamba_monai.transforms.augmentation import (
+    FACTORS,
+    RandChangedd,
+    RandLowResolutiond,
+    RandPixelSized,
+    inverted_contrast,
+)
 from glmamba_monai.transforms.intensity import RestoreIntensityd, ScaleByPercentile, ScaleByPercentiled
 from glmamba_monai.transforms.kspace import (
     KSpaceDataConsistency,
@@ -43,6 +49,7 @@ __all__ = [
     "MatchReferenced",
     "NameOutputd",
     "PairOnGridd",
+    "RandChangedd",
     "RandLowResolutiond",
     "RandPixelSized",
     "RecordGridd",

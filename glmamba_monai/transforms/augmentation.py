@@ -5,17 +5,18 @@ What MONAI has (gamma, histogram, noise, misalignment, intensity) is taken from 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Randomizable, RandomizableTransform, Transform
 from torch import Tensor
 
 from glmamba_monai.transforms.kspace import KSpaceLowResolution, KSpaceUpsample
 
-__all__ = ["FACTORS", "RandLowResolutiond", "RandPixelSized", "inverted_contrast"]
+__all__ = ["FACTORS", "RandChangedd", "RandLowResolutiond", "RandPixelSized", "inverted_contrast"]
 
 FACTORS = (2, 3, 4)  # the factors one set of weights is for; those between them are trained, too
 
@@ -43,9 +44,8 @@ class RandPixelSized(RandomizableTransform, MapTransform):
         coarsest = self.largest / d[self.size_key]
         factor = coarsest ** self.R.random_sample()
         if self._do_transform and coarsest > 1:
-            resample = KSpaceLowResolution(factor)
-            for key in self.key_iterator(d):
-                d[key] = resample(d[key])
+            images = KSpaceLowResolution(factor)(torch.cat([d[key] for key in self.keys]))  # one call, half the time
+            d.update(zip(self.keys, images.split([len(d[key]) for key in self.keys])))
             d[self.size_key] *= factor
         return d
 
@@ -108,6 +108,31 @@ class RandLowResolutiond(Randomizable, Transform):
         degrade = KSpaceLowResolution(self.factor, self.mode, noise_std=self.noise * divisor, seed=self.noise_seed)
         d[self.output_key] = self.upsample(degrade(target) / divisor, target.shape[1:])
         d[self.target_key] = target / divisor
+        return d
+
+
+class RandChangedd(RandomizableTransform, MapTransform):
+    """Now and then a function of an image in its place.
+
+    MONAI's ``RandLambdad`` does this, too, but makes every image a ``MetaTensor``, changed or not, with which all later
+    transforms take longer.
+
+    Args:
+        keys: images.
+        func: what is done to each of them.
+        prob: how often.
+    """
+
+    def __init__(self, keys: KeysCollection, func: Callable[[Tensor], Tensor], prob: float) -> None:
+        RandomizableTransform.__init__(self, prob)
+        MapTransform.__init__(self, keys)
+        self.func = func
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        self.randomize(None)
+        if self._do_transform:
+            d.update({key: self.func(d[key]) for key in self.key_iterator(d)})
         return d
 
 
