@@ -180,7 +180,7 @@ class Protocol:
         dataset_dir: folder of subjects in one of the layouts, or a JSON datalist.
         output_dir: folder of the tables; each run has its own in ``runs`` below it.
         folds: whom to hold out. None: the split of the bundle (``--validation``; a datalist's own, if it has one), as
-            one fold; "all": each patient in turn; or names of subjects, each in turn.
+            one fold; "all": each patient in turn; or names of subjects, each in turn, those joined by "+" together.
         learning_rates: those that differ from :data:`LEARNING_RATES`.
         overlays: names of configs of the bundle that are laid over ``train.json`` in every training.
         options: further arguments of the bundle, for every training and evaluation.
@@ -237,7 +237,7 @@ class Protocol:
         if folds is None:  # seed 0, whatever the seed of the training is
             return {"split": split_subjects(present, validation, 0)[1]}
         chosen = sorted({patient_of(s) for s in present}) if folds == "all" else names(folds)
-        return {fold: split_subjects(present, [fold])[1] for fold in chosen}
+        return {fold: split_subjects(present, [fold] if fold in present else fold.split("+"))[1] for fold in chosen}
 
     def settings(self, run: Run) -> dict[str, Any]:
         """What the result of a run depends on, as JSON returns it.
@@ -866,7 +866,7 @@ def table1(
         scale: factor.
         seeds: of the trainings, one or several numbers.
         folds: whom to hold out: nothing for the bundle's split (--validation), "all" for each patient in turn, or names
-            of subjects, each in turn.
+            of subjects, each in turn, those joined by "+" together, such as "A+B,C".
         learning_rates: those that differ from the ones in this file, such as "{'table1_fusion': 4e-4}".
         overlays: configs of the bundle to lay over train.json in every training, separated by commas, such as
             "train_general,train_contrasts" (docs/training.md).
@@ -907,7 +907,7 @@ def table2(
         networks: registered names, separated by commas; the interpolations are always there.
         seeds: of the trainings, one or several numbers.
         folds: whom to hold out: nothing for the bundle's split (--validation), "all" for each patient in turn, or names
-            of subjects, each in turn.
+            of subjects, each in turn, those joined by "+" together, such as "A+B,C".
         learning_rates: those that differ from the ones in this file, such as "{'srcnn_ref': 2e-3}".
         overlays: configs of the bundle to lay over train.json in every training, separated by commas, such as
             "train_general,train_contrasts" (docs/training.md).

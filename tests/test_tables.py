@@ -337,10 +337,13 @@ def test_folds(tables, dataset_dir, tmp_path):
     assert held_out("all") == {"sub00": ["sub00"], "sub01": ["sub01"], "sub02": both}
     assert held_out(["sub01", "sub02_study2"]) == {"sub01": ["sub01"], "sub02_study2": both}  # never half a patient
     assert held_out("sub01,sub00") == held_out(("sub01", "sub00")) == {"sub01": ["sub01"], "sub00": ["sub00"]}
+    assert held_out("sub00+sub01,sub02") == {"sub00+sub01": ["sub00", "sub01"], "sub02": both}
     assert held_out(validation=["sub01", "sub02"]) == {"split": ["sub01", *both]}
     assert len(held_out()["split"]) in (1, 2)
     with pytest.raises(ValueError, match="validation names sub7; the subjects are sub00"):
         held_out("sub7")
+    with pytest.raises(ValueError, match="validation names sub7; the subjects are sub00"):
+        held_out("sub00+sub7")
 
     pair = {"t2": "data/sub00/t2.nii.gz", "t1": "data/sub00/t1.nii.gz"}
     sections = {"training": [pair], "validation": [{k: v.replace("00", "01") for k, v in pair.items()}]}
