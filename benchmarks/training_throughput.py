@@ -1,6 +1,8 @@
 """Slices a second of the real training, against its bare step in a loop.
 
-python benchmarks/training_throughput.py --device cuda --dataset_dir DATA
+python benchmarks/training_throughput.py --device cuda --dataset_dir DATA --crop_size 64 --batch 8
+python benchmarks/training_throughput.py --device cuda --dataset_dir DATA --crop_size 64 --batch 8 \
+    --overlays train_general
 python benchmarks/training_throughput.py --network srcnn --crop_size 48 --iterations 20
 """
 
@@ -20,16 +22,17 @@ from typing import Any
 import fire
 import torch
 from monai.bundle import ConfigParser
+from timing import names
 
 from glmamba_monai.engines import prepare_batch
 
-CONFIG = Path(__file__).resolve().parent.parent / "bundle" / "configs" / "train.json"
+CONFIGS = Path(__file__).resolve().parent.parent / "bundle" / "configs"
 
 
-def training_speed(settings: dict[str, Any]) -> float:
+def training_speed(configs: list[str], settings: dict[str, Any]) -> float:
     """Images a second of ``python -m monai.bundle run training``, median of all epochs but the first."""
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(CONFIG), *options]
+    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(configs), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     speeds = re.findall(r"^epoch \d+/.* ([\d.]+) images/s", done.stdout, re.MULTILINE)
     if done.returncode or len(speeds) < 2:
@@ -37,13 +40,13 @@ def training_speed(settings: dict[str, Any]) -> float:
     return statistics.median(map(float, speeds[1:]))
 
 
-def bare_speed(settings: dict[str, Any], epochs: int, iterations: int) -> tuple[float, torch.Size]:
+def bare_speed(configs: list[str], settings: dict[str, Any], epochs: int, iterations: int) -> tuple[float, torch.Size]:
     """Images a second of forward, loss, backward and optimiser step, all from the same config; and the batch's shape.
 
     One batch of the data, on the device from the start; median of ``epochs`` times ``iterations`` steps.
     """
     parser = ConfigParser()
-    parser.read_config(str(CONFIG))
+    parser.read_config(configs)
     parser.update(settings)
     get = parser.get_parsed_content
     device, network, loss_function, optimizer = get("device"), get("net").train(), get("loss"), get("optimizer")
@@ -75,6 +78,7 @@ def main(
     device: str = "cpu",
     dataset_dir: str | None = None,
     crop_size: int | None = None,
+    overlays: str | tuple[str, ...] = (),
 ) -> None:
     """Print a Markdown table.
 
@@ -87,7 +91,9 @@ def main(
         device: cpu or cuda.
         dataset_dir: folder of subjects; the demo phantom if there is none.
         crop_size: side of the square crops in pixels; None for whole slices.
+        overlays: configs of the bundle to lay over train.json, separated by commas, such as "train_general".
     """
+    configs = [str(CONFIGS / f"{name}.json") for name in ("train", *(names(overlays) if overlays else ()))]
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "network": network,
@@ -103,11 +109,12 @@ def main(
             "cache_dir": f"{folder}/volumes",
             **({} if dataset_dir is None else {"dataset_dir": str(dataset_dir)}),
         }
-        training = training_speed(settings)
-        bare, shape = bare_speed(settings, epochs - 1, iterations)
+        training = training_speed(configs, settings)
+        bare, shape = bare_speed(configs, settings, epochs - 1, iterations)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     precision = "bfloat16 autocast" if amp and device == "cuda" else "float32"
-    print(f"{date.today()}, {machine}, torch {torch.__version__}, {network}, batch {tuple(shape)}, {precision}\n")
+    print(f"{date.today()}, {machine}, torch {torch.__version__}, {network}, batch {tuple(shape)}, {precision}")
+    print(f"{', '.join(Path(config).stem for config in configs)}\n")
     print("| | images/s | ms a batch |\n| --- | ---: | ---: |")
     for name, speed in (("the bare step in a loop", bare), ("`python -m monai.bundle run training`", training)):
         print(f"| {name} | {speed:.1f} | {1000 * batch / speed:.1f} |")
