@@ -18,6 +18,7 @@ from timing import print_row, print_table
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from glmamba_monai.bundle import weights_folders
 from glmamba_monai.data import dataset_or_demo, find_items
 from glmamba_monai.data.datalist import patient_of
 from glmamba_monai.engines.checkpoint import find_weights, load_weights
@@ -116,7 +117,7 @@ def main(
     parser.read_config(str(BUNDLE / "configs" / "train.json"))
     parser.update({"network": network, "scale": scale, "val_slices": f"${slices}"})
     net = parser.get_parsed_content("network_def").to(device).eval()
-    path = find_weights(weights, [str(BUNDLE / "models")], net, scale)
+    path = find_weights(weights, weights_folders(BUNDLE, network), net, scale)
     if path is not None:
         load_weights(net, path, network)
 

@@ -22,6 +22,7 @@ from nibabel import aff2axcodes
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from glmamba_monai.bundle import weights_folders
 from glmamba_monai.data import demo_data
 from glmamba_monai.engines.checkpoint import find_weights, load_weights
 from glmamba_monai.files import write_atomically
@@ -92,7 +93,7 @@ def super_resolve(weights: dict[str, str | None], pair: Slice, scale: float) -> 
     found = {"zero_filling": pair.upsampled}
     for name, named in weights.items():
         network = build_network(name).eval()
-        file = find_weights(named, [str(BUNDLE / "models")], network, scale)
+        file = find_weights(named, weights_folders(BUNDLE, name), network, scale)
         if file is not None:
             load_weights(network, file, name)
         found[name] = network(torch.stack((pair.upsampled, pair.reference))[None])[0, 0]

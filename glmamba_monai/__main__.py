@@ -34,8 +34,8 @@ def super_resolve(
         output: file to write, .nii.gz, .nii, .nrrd or .mha, or for a DICOM series a new folder.
         scale: auto takes the factor from the files; a number, or [a,b] in plane, is checked against them.
         network: registered network.
-        weights: file of weights, instead of the bundle's: model_2x.pt of its models where the factor is 2, and so on
-            where there is such a file, else model.pt.
+        weights: file of weights, instead of the bundle's for that network: model_2x.pt where the factor is 2, and so
+            on where there is such a file, else model.pt.
         slice_axis: auto, 0, 1, 2, axial, coronal or sagittal.
         bundle_root: folder of the bundle, instead of the one beside the package.
         data_consistency: put the measured low frequencies in place of the result's.
@@ -188,15 +188,15 @@ def export_onnx(output: str, network: str = "glmamba", weights: str | None = Non
     Args:
         output: .onnx file to write.
         network: registered network.
-        weights: file of weights, instead of the bundle's models/model.pt.
+        weights: file of weights, instead of the bundle's model.pt for that network.
     """
     from glmamba_monai import onnx_export
-    from glmamba_monai.bundle import locate_bundle
+    from glmamba_monai.bundle import locate_bundle, weights_folders
     from glmamba_monai.engines import find_weights, load_weights
     from glmamba_monai.networks import build_network
 
     built = build_network(network)
-    found = find_weights(weights, [f"{locate_bundle(look_at_command_line=False)}/models"], built)
+    found = find_weights(weights, weights_folders(locate_bundle(look_at_command_line=False), network), built)
     if found is not None:
         load_weights(built, found, network)
     onnx_export.export_onnx(built, output)

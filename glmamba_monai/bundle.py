@@ -1,7 +1,8 @@
-"""Where the bundle (configs, weights, docs) lies."""
+"""Where the bundle (configs, weights, docs) lies, and what lies where in it."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,19 @@ def locate_bundle(look_at_command_line: bool = True) -> str:
     raise FileNotFoundError(
         f"the bundle is not beside the package ({beside_package}); name its folder with --bundle_root"
     )
+
+
+def weights_folders(bundle_root: str | os.PathLike[str], network: str) -> list[str]:
+    """Where the bundle keeps weights of a network, in the order to look: ``models/NETWORK``, then ``models``.
+
+    ``models`` itself holds those of ``glmamba``, where MONAI's tools expect a bundle's weights.
+
+    Args:
+        bundle_root: folder of the bundle.
+        network: registered name.
+    """
+    models = Path(bundle_root) / "models"
+    return [str(models / network), str(models)]
 
 
 def _bundles_of_command_line(arguments: list[str]) -> list[Path]:

@@ -53,7 +53,8 @@ def super_resolve(
         scale: "auto" takes the factor from the two files; a number (or one per in-plane axis) is checked.
         network: registered name.
         weights: file of weights; None for the bundle's: ``models/model_2x.pt`` where the factor is 2, and so on where
-            there is such a file, else ``models/model.pt`` (:func:`~glmamba_monai.engines.find_weights`).
+            there is such a file, else ``models/model.pt`` (:func:`~glmamba_monai.engines.find_weights`); those of
+            another network than ``glmamba`` lie in ``models/NETWORK``.
         slice_axis: "auto", an axis, or "axial", "coronal", "sagittal".
         bundle_root: folder of the bundle; None for the one beside the package.
         data_consistency: put the measured low frequencies of ``image`` in place of the result's

@@ -172,7 +172,7 @@ def possible_weights(folders: Sequence[str], network: nn.Module) -> list[str]:
     own = [find_weights(None, folders, network, factor) for factor in _factor_files(folders)]
     if own and not any((Path(folder) / WEIGHTS_FILE).is_file() for folder in folders):
         return own  # enough where all volumes have such a factor
-    return [*own, find_weights(None, folders, network)]
+    return list(dict.fromkeys([*own, find_weights(None, folders, network)]))
 
 
 def _has_parameters(network: nn.Module) -> bool:

@@ -37,7 +37,9 @@ class SliceTrainer(SupervisedTrainer):
         def _decollate_data(engine: SliceTrainer) -> None:
             state = engine.state
             state.batch = decollate(state.batch)
-            state.output = decollate({key: value.detach() for key, value in state.output.items()})
+            output = {key: value.detach() for key, value in state.output.items()}
+            loss = {"loss": output.pop("loss")}  # Decollated would copy it for each item, which takes most of its time
+            state.output = [{**item, **loss} for item in decollate(output)]
 
 
 class GradientLimit:
@@ -52,14 +54,14 @@ class GradientLimit:
     """
 
     def __init__(self, network: nn.Module, longest: float) -> None:
-        self.network = network
+        self.parameters = list(network.parameters())  # to walk through the network takes as long as to limit
         self.longest = longest
 
     def attach(self, engine: Workflow) -> None:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Workflow) -> None:
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.longest)
+        nn.utils.clip_grad_norm_(self.parameters, self.longest)
 
 
 class GraphInferer(SimpleInferer):
