@@ -287,8 +287,8 @@ class WeightAverage:
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, decay: float = 0.999) -> None:
-        self.source = network
         self.network = copy.deepcopy(network).requires_grad_(False)
+        self.averaged, self.source = ([*each.parameters()] for each in (self.network, network))
         self.decay = decay
         self.steps = 0
         # A hook cannot be forgotten, as a handler can that each config lists anew.
@@ -296,7 +296,7 @@ class WeightAverage:
 
     def update(self) -> None:
         average = get_ema_multi_avg_fn(min(self.decay, self.steps / (self.steps + 9)))
-        average(list(self.network.parameters()), list(self.source.parameters()), None)
+        average(self.averaged, self.source, None)
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
