@@ -237,7 +237,8 @@ class Protocol:
         if folds is None:  # seed 0, whatever the seed of the training is
             return {"split": split_subjects(present, validation, 0)[1]}
         chosen = sorted({patient_of(s) for s in present}) if folds == "all" else names(folds)
-        return {fold: split_subjects(present, [fold] if fold in present else fold.split("+"))[1] for fold in chosen}
+        known = {*present, *map(patient_of, present)}
+        return {fold: split_subjects(present, [fold] if fold in known else fold.split("+"))[1] for fold in chosen}
 
     def settings(self, run: Run) -> dict[str, Any]:
         """What the result of a run depends on, as JSON returns it.

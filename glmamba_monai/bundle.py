@@ -31,16 +31,18 @@ def locate_bundle(look_at_command_line: bool = True) -> str:
 
 
 def weights_folders(bundle_root: str | os.PathLike[str], network: str) -> list[str]:
-    """Where the bundle keeps weights of a network, in the order to look: ``models/NETWORK``, then ``models``.
+    """Where to look for weights of a network in the bundle, in this order: ``models/NETWORK``, if any, then ``models``.
 
-    ``models`` itself holds those of ``glmamba``, where MONAI's tools expect a bundle's weights.
+    ``models`` itself holds those of ``glmamba``, where MONAI's tools expect a bundle's weights; they are refused when
+    they are loaded into another network.
 
     Args:
         bundle_root: folder of the bundle.
         network: registered name.
     """
     models = Path(bundle_root) / "models"
-    return [str(models / network), str(models)]
+    own = models / network
+    return [*([str(own)] if own.is_dir() else []), str(models)]
 
 
 def _bundles_of_command_line(arguments: list[str]) -> list[Path]:

@@ -14,7 +14,7 @@ from monai.transforms import Compose
 from scipy.ndimage import center_of_mass
 
 from glmamba_monai.data import ContrastPairs, ContrastVolume, SliceDraw, SliceSampler, contrast_items, volume_dataset
-from glmamba_monai.transforms import FACTORS, RandChangedd, RandLowResolutiond, RandPixelSized, inverted_contrast
+from glmamba_monai.transforms import FACTORS, RandFunctiond, RandLowResolutiond, RandPixelSized, inverted_contrast
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 
@@ -113,7 +113,7 @@ def test_the_overlay_for_one_factor_leaves_out_what_serves_generality(scale):
         "RandScaleIntensityd": 0.5,
         "RandRicianNoised": 0,
     }
-    assert (names[4], names[7], names[8]) == ("RandChangedd", "RandChangedd", "RandScaleIntensityd")
+    assert (names[4], names[7], names[8]) == ("RandFunctiond", "RandFunctiond", "RandScaleIntensityd")
     assert (probabilities[4], probabilities[7], probabilities[8]) == (0.02, 0, 0.5)
     degrade = steps[9]
     assert isinstance(degrade, RandLowResolutiond)
@@ -235,7 +235,7 @@ def test_missing_and_wrong_references_come_up_as_often_as_said(volumes):
 
 
 def test_a_function_is_applied_as_often_as_said_and_to_the_named_images_alone():
-    change = RandChangedd("reference", torch.negative, prob=0.3)
+    change = RandFunctiond("reference", torch.negative, prob=0.3)
     image = torch.rand(1, 3, 4)
     changed = []
     for seed in range(400):
@@ -262,6 +262,15 @@ def test_workers_make_the_same_samples_though_they_do_without_meta(volumes):
             expected = torch.stack([slices[draw][key] for draw in draws[8 * i : 8 * i + 8]])
             # not the same bits: an FFT of one thread, which a worker has, rounds in another way
             assert torch.allclose(made, expected, rtol=0, atol=1e-6), key
+
+
+def test_a_worker_prepares_volumes_that_are_not_cached(subjects):
+    items, folder = subjects
+    volumes = volume_dataset(contrast_items(items, folder, "t2", "t1"), ContrastVolume(), cache_rate=0.0)
+    slices = ContrastPairs(volumes, augmentation(crop_size=24))
+    draws = [SliceDraw(i, 0.5, i) for i in range(3)]
+    for draw, found in zip(draws, DataLoader(slices, batch_size=1, sampler=draws, num_workers=1)):
+        assert torch.allclose(found["image"][0], slices[draw]["image"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("worker", [False, True])

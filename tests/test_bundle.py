@@ -18,7 +18,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metad
 from monai.engines import SupervisedTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glmamba_monai.bundle import locate_bundle
+from glmamba_monai.bundle import locate_bundle, weights_folders
 from glmamba_monai.engines import SliceTrainer, load_weights, stacked_items, super_resolved_items
 from glmamba_monai.inference import root_cause
 from glmamba_monai.networks import build_network
@@ -282,12 +282,19 @@ def test_items_become_batches_again():
 def test_the_throughput_of_a_training_is_compared_with_its_bare_step(dataset_dir, tmp_path):
     script = BUNDLE.parent / "benchmarks" / "training_throughput.py"
     arguments = options(
-        network="srcnn_ref", batch=2, epochs=2, iterations=2, amp=True, crop_size=16, dataset_dir=dataset_dir
+        network="srcnn_ref",
+        batch=2,
+        epochs=2,
+        iterations=2,
+        amp=True,
+        crop_size=16,
+        dataset_dir=dataset_dir,
+        overlays="train_general",
     )
     command = {**command_line(folder=tmp_path), "args": [sys.executable, str(script), *arguments]}
     done = subprocess.run(**command, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "srcnn_ref, batch (2, 2, 16, 16), float32" in done.stdout
+    assert "srcnn_ref, batch (2, 2, 16, 16), float32\ntrain, train_general\n" in done.stdout
     values = [float(v) for v in re.findall(r"^\| [^|]+ \| ([\d.]+) \|", done.stdout, re.MULTILINE)]
     assert len(values) == 3 and values[2] == pytest.approx(values[1] / values[0], abs=0.02)
 
@@ -321,9 +328,9 @@ def test_kill_9_and_resume_equals_an_uninterrupted_training(dataset_dir, tmp_pat
     setup = {"epochs": 4, "val_interval": 2}
     killed = tmp_path / "killed"
     paths = {"dataset_dir": dataset_dir, "output_dir": killed}
-    process = subprocess.Popen(
-        **command_line("training", "--config_file", TRAIN, *options(**{**SHORT, **setup}, **paths), folder=tmp_path)
-    )
+    command = command_line("training", "--config_file", TRAIN, *options(**{**SHORT, **setup}, **paths), folder=tmp_path)
+    command["env"]["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # as here: it may decide over the last bits
+    process = subprocess.Popen(**command)
     for line in process.stdout:
         if line.startswith(seen):
             process.send_signal(signal.SIGKILL)
@@ -508,6 +515,13 @@ def test_mlflow_tracks_a_training(dataset_dir, results):
 
 
 # --- Where it is run from, and on how many processes ---
+
+
+def test_weights_of_a_network_go_before_those_of_glmamba_where_there_are_any(tmp_path):
+    assert weights_folders(tmp_path, "srcnn") == [str(tmp_path / "models")]
+    (tmp_path / "models" / "srcnn").mkdir(parents=True)
+    assert weights_folders(tmp_path, "srcnn") == [str(tmp_path / "models" / "srcnn"), str(tmp_path / "models")]
+    assert weights_folders(tmp_path, "glmamba") == [str(tmp_path / "models")]
 
 
 def test_the_bundle_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -13,10 +13,11 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import Dataset, MetaTensor
 from monai.data.utils import pad_list_data_collate
-from monai.transforms import Compose, Transform
+from monai.transforms import Compose, OneOf, Transform
 
 from glmamba_monai.data import (
     BackgroundDataLoader,
+    RandOrientedCropd,
     SliceDataset,
     SliceDraw,
     SliceSampler,
@@ -284,6 +285,14 @@ def test_crops_come_from_everywhere():
         assert np.ptp(rows) == np.ptp(columns) == 11 and len(np.unique(crop)) == 144
         seen |= set(crop.ravel().tolist())
     assert seen == set(range(20 * 24))
+
+
+def test_a_choice_between_transforms_is_reproducible():
+    choice = OneOf([RandOrientedCropd(["image", "target"], size) for size in (4, 5, 6, 7)])
+    slices = SliceDataset(Dataset([volume()]), choice)
+    for seed in range(10):
+        assert len({tuple(slices[SliceDraw(0, 0.5, seed)]["image"].shape) for _ in range(5)}) == 1
+    assert len({tuple(slices[SliceDraw(0, 0.5, seed)]["image"].shape) for seed in range(40)}) == 4
 
 
 def test_draws_are_reproducible_in_any_order():

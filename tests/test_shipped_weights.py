@@ -11,26 +11,46 @@ import numpy as np
 import pytest
 import torch
 
+from glmamba_monai.bundle import weights_folders
 from glmamba_monai.data import demo_data
-from glmamba_monai.engines import load_weights
+from glmamba_monai.engines import find_weights, load_weights
 from glmamba_monai.networks import build_network
 from glmamba_monai.transforms import KSpaceLowResolution, KSpaceUpsample, ScaleByPercentile
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bundle" / "models"
 GENERAL, FOR_ONE = "model.pt", {2: "model_2x.pt", 3: "model_3x.pt", 4: "model_4x.pt"}
-NAMES = [GENERAL, *FOR_ONE.values()]  # MONAI Label takes the shortest name
+LIGHT = "glmamba_light/model.pt"
+NAMES = [GENERAL, *FOR_ONE.values(), LIGHT]  # MONAI Label takes the shortest name in models
+
+
+def network_of(name):
+    return Path(name).parent.name or "glmamba"
 
 
 @functools.cache
 def shipped(name):
-    network = build_network("glmamba").eval()
-    load_weights(network, FOLDER / name, "glmamba")
+    network = build_network(network_of(name)).eval()
+    load_weights(network, FOLDER / name, network_of(name))
     return network
 
 
 def test_there_is_no_other_file():
-    assert sorted(p.name for p in FOLDER.glob("*.pt")) == sorted(NAMES)
+    assert sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*.pt")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_found_for_its_network_and_factor(name):
+    factor = next((factor for factor, file in FOR_ONE.items() if file == name), 2.5)
+    network = network_of(name)
+    found = find_weights(None, weights_folders(FOLDER.parent, network), build_network(network), factor)
+    assert Path(found) == FOLDER / name
+
+
+@pytest.mark.parametrize("factor", [None, 2, 3, 4])
+def test_the_light_network_has_one_file_for_every_factor(factor):
+    folders = weights_folders(FOLDER.parent, "glmamba_light")
+    assert Path(find_weights(None, folders, build_network("glmamba_light"), factor)) == FOLDER / LIGHT
 
 
 def test_all_of_them_are_a_small_download():
@@ -51,7 +71,8 @@ def test_the_documented_checksum_is_theirs(name, page):
 
 
 @pytest.mark.parametrize(
-    ("name", "scale"), [(GENERAL, 2), (GENERAL, 4), *((name, scale) for scale, name in FOR_ONE.items())]
+    ("name", "scale"),
+    [*((name, scale) for name in (GENERAL, LIGHT) for scale in (2, 4)), *((name, s) for s, name in FOR_ONE.items())],
 )
 @pytest.mark.parametrize("reference", ["right", "of another head", "none"])
 def test_they_super_resolve_and_a_wrong_reference_does_no_harm(name, scale, reference):

@@ -62,6 +62,27 @@ def test_a_long_gradient_is_shortened_and_a_short_one_left(scale, expected):
     assert network.weight.item() == pytest.approx(expected)
 
 
+def test_the_items_of_a_batch_share_its_loss():
+    network = nn.Conv2d(2, 2, 1)
+    batch = {"image": torch.rand(3, 2, 8, 8), "label": torch.rand(3, 2, 8, 8)}
+    trainer = SliceTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[batch],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.0),
+        loss_function=nn.L1Loss(),
+    )
+    trainer.run()
+    items = trainer.state.output
+    assert [sorted(item) for item in items] == [["image", "label", "loss", "pred"]] * 3
+    losses = {id(item["loss"]) for item in items}
+    assert len(losses) == 1 and not items[0]["loss"].requires_grad
+    assert items[0]["loss"].item() == pytest.approx(nn.L1Loss()(network(batch["image"]), batch["label"]).item())
+    for i, item in enumerate(items):
+        assert torch.equal(item["image"], batch["image"][i]) and item["pred"].shape == (2, 8, 8)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("before", [False, True])
 def test_nothing_is_collected_during_a_capture(monkeypatch, fails, before):

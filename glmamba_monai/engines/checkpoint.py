@@ -288,7 +288,9 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, decay: float = 0.999) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False)
-        self.averaged, self.source = ([*each.parameters()] for each in (self.network, network))
+        # Listed once: to walk through both networks in every step would take longer than to average.
+        self._average = list(self.network.parameters())
+        self._source = list(network.parameters())
         self.decay = decay
         self.steps = 0
         # A hook cannot be forgotten, as a handler can that each config lists anew.
@@ -296,7 +298,7 @@ class WeightAverage:
 
     def update(self) -> None:
         average = get_ema_multi_avg_fn(min(self.decay, self.steps / (self.steps + 9)))
-        average(self.averaged, self.source, None)
+        average(self._average, self._source, None)
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:

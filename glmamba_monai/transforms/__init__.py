@@ -1,6 +1,6 @@
 from glmamba_monai.transforms.augmentation import (
     FACTORS,
-    RandChangedd,
+    RandFunctiond,
     RandLowResolutiond,
     RandPixelSized,
     inverted_contrast,
@@ -49,7 +49,7 @@ __all__ = [
     "MatchReferenced",
     "NameOutputd",
     "PairOnGridd",
-    "RandChangedd",
+    "RandFunctiond",
     "RandLowResolutiond",
     "RandPixelSized",
     "RecordGridd",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glmamba_monai.transforms.kspace import KSpaceLowResolution, KSpaceUpsample
 
-__all__ = ["FACTORS", "RandChangedd", "RandLowResolutiond", "RandPixelSized", "inverted_contrast"]
+__all__ = ["FACTORS", "RandFunctiond", "RandLowResolutiond", "RandPixelSized", "inverted_contrast"]
 
 FACTORS = (2, 3, 4)  # the factors one set of weights is for; those between them are trained, too
 
@@ -25,7 +25,7 @@ class RandPixelSized(RandomizableTransform, MapTransform):
     """Coarser pixels, as of a scan of a smaller matrix: the centre of k-space of all images alike.
 
     Args:
-        keys: slices ``(1, X, Y)`` of one size, magnitude images.
+        keys: slices ``(1, X, Y)`` of one size and type, magnitude images.
         size_key: holds the pixel size in mm; what it becomes is written back.
         largest: pixel size in mm. It is drawn between the slice's own and this one, with equal odds for equal ratios;
             a slice whose pixels are larger already stays as it is.
@@ -111,16 +111,16 @@ class RandLowResolutiond(Randomizable, Transform):
         return d
 
 
-class RandChangedd(RandomizableTransform, MapTransform):
-    """Now and then a function of an image in its place.
+class RandFunctiond(RandomizableTransform, MapTransform):
+    """Applies a function to images, with a probability.
 
     MONAI's ``RandLambdad`` does this, too, but makes every image a ``MetaTensor``, changed or not, with which all later
     transforms take longer.
 
     Args:
         keys: images.
-        func: what is done to each of them.
-        prob: how often.
+        func: of an image; what it returns takes the image's place.
+        prob: how often, all images alike.
     """
 
     def __init__(self, keys: KeysCollection, func: Callable[[Tensor], Tensor], prob: float) -> None:
