@@ -90,10 +90,11 @@ def assert_close(found, expected, forward=1e-5, gradient=1e-4):
 )
 def test_zero_offsets_give_an_ordinary_convolution(size, kernel, padding, backend):
     inputs = make_inputs(size=size, kernel=kernel, padding=padding, mask=False, spread=0.0)
-    expected = F.conv2d(inputs["input"], inputs["weight"], inputs["bias"], padding=padding)
+    # In float64: the rounding of a float32 convolution depends on the processor.
+    expected = F.conv2d(*(inputs[name].double() for name in ("input", "weight", "bias")), padding=padding)
     found = deform_conv2d(**inputs, padding=padding, backend=backend)
-    assert relative(found, expected) <= 1e-5
-    assert float((found - expected).abs().max()) <= 1e-5
+    assert found.dtype == torch.float32 and relative(found, expected) <= 1e-5
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 @on_cpu

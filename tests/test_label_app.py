@@ -299,7 +299,8 @@ def test_training_in_the_app(tmp_path, make_subject_folder, app_bundle):
     config = ConfigWorkflow(config_file=str(BUNDLE / "configs" / "train.json"), workflow_type="train")
     handlers = config.parser["train#handlers"]
     given = {**FROM_MONAI_LABEL, "train#handlers": handlers}
-    overrides = label_app.training_overrides(app_bundle, items, REQUEST, given)
+    long_enough = {**REQUEST, "iterations_per_epoch": 30}  # to be better than weights that are zero-filling
+    overrides = label_app.training_overrides(app_bundle, items, long_enough, given)
     assert all(isinstance(handler, dict) for handler in overrides["train#handlers"])
     overrides.update(network="srcnn_ref", warmup_steps=1)
     made = ConfigWorkflow(
