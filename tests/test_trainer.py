@@ -42,12 +42,8 @@ def test_a_short_training_has_a_short_warm_up(steps, expected):
     assert training_plan("a data set").warmup(steps) == expected
 
 
-@pytest.mark.parametrize(("scale", "expected"), [(1.0, 3.0), (0.01, 0.2)], ids=["shorter", "longer"])
-def test_a_long_gradient_is_shortened_and_a_short_one_left(scale, expected):
-    """SGD with rate 1: the step that is taken is the gradient."""
-    network = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(network.weight)
-    batch = {"image": torch.tensor([[20.0 * scale]]), "label": torch.tensor([[1.0]])}
+def step(network, batch, **options):
+    """The trainer after one step of SGD with rate 1."""
     trainer = SliceTrainer(
         device=torch.device("cpu"),
         max_epochs=1,
@@ -55,30 +51,31 @@ def test_a_long_gradient_is_shortened_and_a_short_one_left(scale, expected):
         network=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
         loss_function=nn.L1Loss(),
-        train_handlers=[GradientLimit(network, longest=3.0)],
-        decollate=False,
+        **options,
     )
     trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 3.0), (0.01, 0.2)], ids=["shorter", "longer"])
+def test_a_long_gradient_is_shortened_and_a_short_one_left(scale, expected):
+    """With a rate of 1 the step that is taken is the gradient."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    batch = {"image": torch.tensor([[20.0 * scale]]), "label": torch.tensor([[1.0]])}
+    step(network, batch, train_handlers=[GradientLimit(network, longest=3.0)], decollate=False)
     assert network.weight.item() == pytest.approx(expected)
 
 
 def test_the_items_of_a_batch_share_its_loss():
     network = nn.Conv2d(2, 2, 1)
     batch = {"image": torch.rand(3, 2, 8, 8), "label": torch.rand(3, 2, 8, 8)}
-    trainer = SliceTrainer(
-        device=torch.device("cpu"),
-        max_epochs=1,
-        train_data_loader=[batch],
-        network=network,
-        optimizer=torch.optim.SGD(network.parameters(), lr=0.0),
-        loss_function=nn.L1Loss(),
-    )
-    trainer.run()
-    items = trainer.state.output
+    expected = nn.L1Loss()(network(batch["image"]), batch["label"]).item()
+    items = step(network, batch).state.output
     assert [sorted(item) for item in items] == [["image", "label", "loss", "pred"]] * 3
     losses = {id(item["loss"]) for item in items}
     assert len(losses) == 1 and not items[0]["loss"].requires_grad
-    assert items[0]["loss"].item() == pytest.approx(nn.L1Loss()(network(batch["image"]), batch["label"]).item())
+    assert items[0]["loss"].item() == pytest.approx(expected)
     for i, item in enumerate(items):
         assert torch.equal(item["image"], batch["image"][i]) and item["pred"].shape == (2, 8, 8)
 

@@ -204,7 +204,7 @@ def _share_random_state(transform: Compose, state: np.random.RandomState) -> Non
 
 @contextmanager
 def _without_meta() -> Iterator[None]:
-    """In a process of a data loader, MONAI's transforms do without ``MetaTensor``, which takes half of their time.
+    """In a process of a data loader, MONAI's transforms do without ``MetaTensor``, which takes a third of their time.
 
     Elsewhere the switch, which holds for the whole process, might be seen by a thread that needs meta.
     """

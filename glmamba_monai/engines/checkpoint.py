@@ -172,7 +172,7 @@ def possible_weights(folders: Sequence[str], network: nn.Module) -> list[str]:
     own = [find_weights(None, folders, network, factor) for factor in _factor_files(folders)]
     if own and not any((Path(folder) / WEIGHTS_FILE).is_file() for folder in folders):
         return own  # enough where all volumes have such a factor
-    return list(dict.fromkeys([*own, find_weights(None, folders, network)]))
+    return list(dict.fromkeys([*own, find_weights(None, folders, network)]))  # one file may serve several factors
 
 
 def _has_parameters(network: nn.Module) -> bool:
@@ -288,7 +288,7 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, decay: float = 0.999) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False)
-        # Listed once: to walk through both networks in every step would take longer than to average.
+        # Listed once, not in every step, which has no time to walk through two networks.
         self._average = list(self.network.parameters())
         self._source = list(network.parameters())
         self.decay = decay

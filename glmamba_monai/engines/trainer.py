@@ -54,7 +54,7 @@ class GradientLimit:
     """
 
     def __init__(self, network: nn.Module, longest: float) -> None:
-        self.parameters = list(network.parameters())  # to walk through the network takes as long as to limit
+        self.parameters = list(network.parameters())  # listed once: in every step that was a quarter of the time
         self.longest = longest
 
     def attach(self, engine: Workflow) -> None:

@@ -44,7 +44,7 @@ class RandPixelSized(RandomizableTransform, MapTransform):
         coarsest = self.largest / d[self.size_key]
         factor = coarsest ** self.R.random_sample()
         if self._do_transform and coarsest > 1:
-            images = KSpaceLowResolution(factor)(torch.cat([d[key] for key in self.keys]))  # one call, half the time
+            images = KSpaceLowResolution(factor)(torch.cat([d[key] for key in self.keys]))
             d.update(zip(self.keys, images.split([len(d[key]) for key in self.keys])))
             d[self.size_key] *= factor
         return d
