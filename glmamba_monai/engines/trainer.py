@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -110,6 +111,8 @@ class _Alias(nn.Module):
 
 
 def _captured(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+    # What torch says in every later backward pass: gradients are added on the stream that they were captured on. So be it.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match", UserWarning)
     # A graph that the collector frees meanwhile, one of an earlier network, would end the capture.
     collecting = gc.isenabled()
     gc.collect()

@@ -435,6 +435,8 @@ class GLMamba(nn.Module):
         height, width = x.shape[2], x.shape[3]
         # Multiples of 4: 2x2 patches, and 2x2 quadrants of patches.
         x = F.pad(x, [0, -width % 4, 0, -height % 4], mode="reflect")
+        # Channels last from here on: cuDNN's first convolutions are slow otherwise, and their results want a copy.
+        x = x.contiguous(memory_format=torch.channels_last)
         upsampled, reference = x[:, 0:1], x[:, 1:2]
         features = self.lr_branch(x if self.guided else upsampled)
         reconstruction = reference
