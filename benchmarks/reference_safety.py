@@ -23,6 +23,7 @@ from glmamba_monai.data import dataset_or_demo, find_items
 from glmamba_monai.data.datalist import patient_of
 from glmamba_monai.engines.checkpoint import find_weights, load_weights
 from glmamba_monai.metrics import slice_metrics
+from glmamba_monai.ops import keep_freed_memory
 from glmamba_monai.transforms import LoadVolume, ScaleByPercentile
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundle"
@@ -111,6 +112,7 @@ def main(
         batch_size: slices at once.
         device: cpu or cuda.
     """
+    keep_freed_memory(device)
     items, _ = find_items(dataset_or_demo(dataset_dir), target, reference)
     found, wrong = find_pair([item for section in items.values() for item in section], subject, other)
     parser = ConfigParser()

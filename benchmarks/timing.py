@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from glmamba_monai.engines import GraphInferer
-from glmamba_monai.ops import backend_report, format_backend_report
+from glmamba_monai.ops import backend_report, format_backend_report, keep_freed_memory
 from glmamba_monai.ops.backends import OPERATIONS
 
 MIN_RUNS, MAX_RUNS = 3, 100
@@ -42,6 +42,7 @@ class Stopwatch:
     def __init__(self, device: str, seconds: float, threads: int, head_start: int = 1) -> None:
         self.device, self.seconds, self.threads, self.head_start = device, seconds, threads, head_start
         torch.set_num_threads(threads)
+        keep_freed_memory(device)  # as the bundle does
         self._flush = torch.zeros(256 * MIB, device=device) if device == "cuda" else None  # 1 GiB
 
     def medians(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:

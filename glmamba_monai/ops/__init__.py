@@ -3,6 +3,7 @@
 from glmamba_monai.ops.backends import backend_report, format_backend_report, require_backends
 from glmamba_monai.ops.deform_conv import deform_conv2d
 from glmamba_monai.ops.fusion import fuse_modalities
+from glmamba_monai.ops.memory import keep_freed_memory
 from glmamba_monai.ops.pointwise import bias_silu, modulate, norm_gate, pixels_in_place
 from glmamba_monai.ops.selective_scan import selective_scan
 from glmamba_monai.ops.ss2d import projected_ss2d_scan, ss2d_scan
@@ -13,6 +14,7 @@ __all__ = [
     "deform_conv2d",
     "format_backend_report",
     "fuse_modalities",
+    "keep_freed_memory",
     "modulate",
     "norm_gate",
     "pixels_in_place",

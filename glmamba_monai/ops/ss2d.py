@@ -12,6 +12,7 @@ import importlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glmamba_monai.ops import backends, native
@@ -391,10 +392,8 @@ class _ProjectedScan(torch.autograd.Function):
             du, ddelta, *others = torch.ops.glmamba.ss2d_scan_backward.default(
                 grad_y, u, delta, A, B, C, D, bias, ctx.local, states, time_steps
             )
-            ddelta = ddelta.permute(3, 0, 1, 2, 4)  # (K, B, H, W, D)
-            ddt = torch.matmul(ddelta, dt_proj.to(ddelta.dtype)[:, None, None]).permute(1, 2, 3, 0, 4)
-            rows = torch.matmul(ddelta.transpose(3, 4), dt.permute(3, 0, 1, 2, 4))  # (K, B, H, D, R)
-            gradients = [du, ddt, rows.float().sum((1, 2)), *others]
+            ddt, ddt_proj = _project_backward(ddelta, dt, dt_proj)
+            gradients = [du, ddt, ddt_proj, *others]
         return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None, None
 
 
@@ -402,7 +401,22 @@ def _scanned(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> tuple[Tensor, T
     """`delta` and `delta_bias` as the operator takes them on this device."""
     if dt.is_cuda:
         return torch.ops.glmamba.time_step.default(dt, dt_proj, delta_bias), None
-    return _project(dt, dt_proj), delta_bias
+    # One product for all directions, where the native kernels read it: four times the multiply-adds, but four products
+    # of rank 6 take three times as long, and then their results lie direction by direction.
+    return F.linear(dt.flatten(3), torch.block_diag(*dt_proj)).unflatten(-1, dt_proj.shape[:2]), delta_bias
+
+
+def _project_backward(ddelta: Tensor, dt: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `dt` and `dt_proj` from that of `delta`."""
+    if ddelta.is_cuda:
+        ddelta = ddelta.permute(3, 0, 1, 2, 4)  # (K, B, H, W, D)
+        ddt = torch.matmul(ddelta, dt_proj.to(ddelta.dtype)[:, None, None]).permute(1, 2, 3, 0, 4)
+        rows = torch.matmul(ddelta.transpose(3, 4), dt.permute(3, 0, 1, 2, 4))  # (K, B, H, D, R), see _project
+        return ddt, rows.float().sum((1, 2))
+    tokens = ddelta.flatten(3).flatten(0, 2)  # (B H W, K D), as in _scanned
+    ddt = torch.mm(tokens, torch.block_diag(*dt_proj)).view(dt.shape)
+    every = torch.mm(tokens.t(), dt.flatten(3).flatten(0, 2))  # of every direction with every other
+    return ddt, every.view(*dt_proj.shape[:2], *dt.shape[3:]).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 torch.library.define(
