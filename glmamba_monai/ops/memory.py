@@ -8,7 +8,9 @@ import sys
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGEST_MAP = 2**30  # bytes that one tensor may take and still come from memory that was used before
+# Bytes that one tensor may take and still come from memory that was used before; older releases of glibc allow the
+# second at most.
+LARGEST_MAPS = 2**30, 2**25
 
 
 def keep_freed_memory(device: torch.device | str = "cpu") -> bool:
@@ -26,4 +28,6 @@ def keep_freed_memory(device: torch.device | str = "cpu") -> bool:
     if torch.device(device).type != "cpu" or sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    return mallopt is not None and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_THRESHOLD, LARGEST_MAP))
+    if mallopt is None or not any(mallopt(M_MMAP_THRESHOLD, largest) for largest in LARGEST_MAPS):
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
