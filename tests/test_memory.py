@@ -1,3 +1,4 @@
+import ctypes
 import subprocess
 import sys
 
@@ -43,3 +44,20 @@ def test_on_a_gpu_nothing_changes():
 def test_elsewhere_nothing_changes(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize(("most", "expected"), [(2**40, [2**30]), (2**25, [2**30, 2**25]), (0, [2**30, 2**25])])
+def test_the_threshold_of_trimming_moves_only_with_that_of_mapping(monkeypatch, most, expected):
+    """Alone it would hold the other at 128 KB, and every tensor would be mapped anew."""
+    asked = []
+
+    class Library:
+        @staticmethod
+        def mallopt(option, value):
+            asked.append((option, value))
+            return int(option == -1 or value <= most)
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
+    assert keep_freed_memory() is (most > 0)
+    assert asked == [(-3, value) for value in expected] + [(-1, 2**31 - 1)] * (most > 0)
