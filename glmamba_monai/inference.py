@@ -44,6 +44,8 @@ def super_resolve(
 ) -> MetaTensor | tuple[MetaTensor, MetaTensor]:
     """Super-resolve a low-resolution volume with a sharp volume of another contrast.
 
+    On a CPU this process keeps the memory that it has used from then on (:func:`~glmamba_monai.ops.keep_freed_memory`).
+
     Args:
         image: low-resolution volume: a NIfTI, NRRD or MetaImage file, or the folder of one DICOM series.
         reference: volume of another contrast, in any of these formats, finer in plane. Over another field of view,

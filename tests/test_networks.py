@@ -349,7 +349,7 @@ def test_a_training_step_recomputes_what_is_cheap(monkeypatch, part, method, kep
 
 @pytest.mark.parametrize("name", ["glmamba", "glmamba_paper"])
 def test_the_first_convolutions_write_what_is_read_afterwards(name):
-    """Channels last, with one image or two: else each map is copied, and a CPU takes eight times as long."""
+    """Channels last, with one image or two: else each map is copied, and a CPU takes eight times as long for it."""
     network, found = tiny(name), []
     for branch in (network.lr_branch, network.ref_branch):
         branch.stem.register_forward_hook(lambda *args: found.append(args[2]))

@@ -111,7 +111,7 @@ class _Alias(nn.Module):
 
 
 def _captured(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
-    # Torch would say so in a later backward pass. It is meant: a graph's gradients come on the stream of its capture.
+    # Later backward passes warn of it, but it is meant: a graph's gradients come on the stream of its capture.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match", UserWarning)
     # A graph that the collector frees meanwhile, one of an earlier network, would end the capture.
     collecting = gc.isenabled()
