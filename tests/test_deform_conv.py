@@ -8,7 +8,7 @@ from monai.data import MetaTensor
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from glmamba_monai.ops import backends, deform_conv2d
+from glmamba_monai.ops import backends, deform_conv2d, deform_residual
 
 NATIVE_IS_THERE, WHY_NOT = backends._try_load("deform_conv2d", "native")
 needs_native = pytest.mark.skipif(not NATIVE_IS_THERE, reason=f"the native kernels are not there: {WHY_NOT}")
@@ -370,3 +370,47 @@ def test_torch_equals_torchvision(case, device):
     options = {"padding": case.get("padding", 1)}
     expected = value_and_gradients(deform_conv2d, inputs, backend="torchvision", **options)
     assert_close(value_and_gradients(deform_conv2d, inputs, backend="torch", **options), expected)
+
+
+# --- the whole step of a deform block ---
+
+
+def make_residual_inputs(more=2, b=2, c=3, size=(7, 9), spread=2.0, seed=0):
+    """x, predictions with further channels, weight, bias and the predictions' bias."""
+    inputs = make_inputs(b=b, c=c, out=c, size=size, spread=spread, seed=seed)
+    logits = torch.logit(inputs["mask"].clamp(0.05, 0.95))
+    rest = torch.full_like(logits[:, :1], float("nan")).expand(-1, more, -1, -1)  # must not be read
+    return {
+        "x": inputs["input"],
+        "predicted": torch.cat((inputs["offset"], logits, rest), 1),
+        "weight": inputs["weight"],
+        "bias": inputs["bias"],
+        "predicted_bias": torch.randn(27, generator=torch.Generator().manual_seed(4)),
+    }
+
+
+@pytest.mark.parametrize("more", [0, 2])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_whole_step_is_the_convolution_of_offsets_and_sigmoids_and_its_residual(with_bias, more):
+    inputs = make_residual_inputs(more)
+    z = inputs["predicted"] + F.pad(inputs["predicted_bias"], (0, more)).view(-1, 1, 1) * with_bias
+    y = deform_conv2d(inputs["x"], z[:, :18], inputs["weight"], inputs["bias"], mask=torch.sigmoid(z[:, 18:27]))
+    if not with_bias:
+        inputs["predicted_bias"] = None
+    torch.testing.assert_close(deform_residual(**inputs), inputs["x"] + F.silu(y))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("predicted", (2, 26, 7, 9), r"predicted: found shape \[2, 26, 7, 9\], expected \[2, 27, 7, 9\]"),
+        ("predicted", (2, 29, 7, 8), r"predicted: found shape \[2, 29, 7, 8\], expected \[2, 29, 7, 9\]"),
+        ("predicted", (27,), r"predicted: found shape \[27\], expected \[2, 27, 7, 9\]"),
+        ("predicted_bias", (29,), r"predicted_bias: found shape \[29\], expected \[27\]"),
+        ("weight", (4, 3, 3, 3), r"weight: found shape \[4, 3, 3, 3\], expected \[3, 3, 3, 3\]"),
+        ("bias", (4,), r"bias: found shape \[4\], expected \[3\]"),
+    ],
+)
+def test_a_wrong_shape_of_the_whole_step_is_named(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        deform_residual(**make_residual_inputs() | {name: torch.zeros(shape)})

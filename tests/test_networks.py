@@ -232,13 +232,16 @@ def test_local_scans_stay_in_their_quadrant_and_global_ones_do_not():
 
 def test_channel_attention_by_hand():
     attention = randomised(ChannelAttention(8, 4))
-    x = torch.randn(2, 8, 5, 7)
-    pooled = x.double().numpy().mean(axis=(2, 3))
+    x, y, bias = torch.randn(2, 5, 7, 8), torch.randn(2, 5, 7, 8), torch.randn(8)
+    z = (y + bias).double().numpy()
+    pooled = z.mean(axis=(1, 2))
     w1, b1 = (p.detach().double().numpy() for p in (attention.squeeze.weight, attention.squeeze.bias))
     w2, b2 = (p.detach().double().numpy() for p in (attention.excite.weight, attention.excite.bias))
     hidden = np.maximum(pooled @ w1[:, :, 0, 0].T + b1, 0)
     scale = 1 / (1 + np.exp(-(hidden @ w2[:, :, 0, 0].T + b2)))
-    np.testing.assert_allclose(attention(x).detach().numpy(), scale[:, :, None, None], rtol=1e-5, atol=1e-6)
+    expected = x.double().numpy() + scale[:, None, None] * z
+    np.testing.assert_allclose(attention(x, y, bias).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention(x, y + bias, None), attention(x, y, bias))
 
 
 def test_a_fresh_deform_block_is_a_convolution_at_half_weight():

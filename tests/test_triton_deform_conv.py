@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from test_deform_conv import make_inputs, relative, sampling_loop
+from test_deform_conv import make_inputs, make_residual_inputs, relative, sampling_loop
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-from glmamba_monai.ops import deform_conv2d
+from glmamba_monai.ops import deform_conv2d, deform_residual
 from glmamba_monai.ops import triton_deform_conv as kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,7 +64,7 @@ def expected_results(function, inputs, **options):
     leaves = {name: None if x is None else x.detach().double().requires_grad_() for name, x in inputs.items()}
     y = function(**leaves, **options)
     given = {name: x for name, x in leaves.items() if x is not None}
-    grad = cotangent(y.to(inputs["input"].dtype)).double()
+    grad = cotangent(y.to(next(iter(inputs.values())).dtype)).double()
     gradients = torch.autograd.grad(y, list(given.values()), grad)
     return {"output": y.detach()} | dict(zip(given, gradients))
 
@@ -177,6 +177,74 @@ def test_an_empty_batch_gives_empty_results():
     found = all_results(inputs)
     assert found["output"].shape == (0, 4, 7, 9) and found["input"].shape == (0, 3, 7, 9)
     assert not found["weight"].any()
+
+
+@pytest.fixture
+def whole_step():
+    """The backend triton of `deform_residual`, on CPU tensors in the interpreter."""
+    from glmamba_monai.ops import triton_pointwise
+    from glmamba_monai.ops.deform_conv import _triton_deform_residual
+
+    if INTERPRETED:
+        library = torch.library.Library("glmamba", "IMPL")
+        library.impl("predicted_deform_conv2d", kernels.predicted_forward, "CPU")
+        library.impl("predicted_deform_conv2d_backward", kernels.predicted_backward, "CPU")
+        library.impl("bias_silu", triton_pointwise.bias_silu_forward, "CPU")
+        library.impl("bias_silu_backward", triton_pointwise.bias_silu_backward, "CPU")
+        yield _triton_deform_residual
+        library._destroy()
+    else:
+        yield _triton_deform_residual
+
+
+def whole_step_results(whole_step, inputs):
+    given = {name: None if x is None else x.to(DEVICE).requires_grad_() for name, x in inputs.items()}
+    y = whole_step(*given.values())
+    given = {name: x for name, x in given.items() if x is not None}
+    return {"output": y.detach()} | dict(zip(given, torch.autograd.grad(y, list(given.values()), cotangent(y))))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"more": 0, "b": 1, "size": (9, 17), "c": 2},  # just over one tile
+        {"spread": 30.0},  # nearly all outside
+    ]
+    + ([{"c": 96, "size": (61, 47), "more": 5}] if ON_GPU else []),
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_whole_step_equals_the_definition_with_all_gradients(case, layout, whole_step):
+    inputs = make_residual_inputs(**case)
+    for name in ("x", "predicted"):
+        inputs[name] = inputs[name].contiguous(memory_format=layout)
+    expected = expected_results(deform_residual, inputs, backend="torch")
+    found = whole_step_results(whole_step, inputs)
+    assert not found["predicted"][:, 27:].any()
+    assert_close(found, {name: x.to(DEVICE) for name, x in expected.items()})
+
+
+@needs_kernels
+def test_the_whole_step_in_half_precision_and_without_the_predictions_bias(whole_step):
+    inputs = make_residual_inputs(c=19, size=(4, 5))
+    for name in ("x", "predicted", "weight"):
+        inputs[name] = inputs[name].half()
+    inputs["predicted_bias"] = None
+    expected = expected_results(deform_residual, inputs, backend="torch")
+    found = whole_step_results(whole_step, inputs)
+    assert all(x.dtype == inputs[name].dtype for name, x in found.items() if name != "output")
+    assert_close(found, {name: x.to(DEVICE) for name, x in expected.items()}, 2e-2, 2e-2)
+
+
+@needs_kernels
+def test_the_operator_for_predictions_passes_torchs_own_checks(whole_step):
+    inputs = make_residual_inputs(b=1, size=(2, 3))
+    del inputs["bias"]
+    given = [x.nan_to_num().to(DEVICE).requires_grad_() for x in inputs.values()]
+    # Two runs of one kernel need not give the same bits on a GPU, where gradients are added atomically.
+    operator = torch.ops.glmamba.predicted_deform_conv2d.default
+    torch.library.opcheck(operator, (*given, 1, 1), rtol=1e-4, atol=1e-5)
 
 
 @needs_gpu

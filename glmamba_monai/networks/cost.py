@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glmamba_monai.networks.glmamba import SS2D, DeformBlock, MultiModalityFusion, OffsetsAndMask
+from glmamba_monai.networks.glmamba import (
+    SS2D,
+    ChannelAttention,
+    DeformBlock,
+    LateBiasConv2d,
+    MultiModalityFusion,
+    OffsetsAndMask,
+)
 from glmamba_monai.networks.registry import NETWORKS, build_network
 
 
@@ -37,8 +45,10 @@ def count_cost(network: nn.Module, height: int = 240, width: int = 240) -> Cost:
     network = copy.deepcopy(network).to("meta").eval()
     totals = {"module": 0, "raw": 0, "scan": 0}
 
-    def count_module(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count_module(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         if isinstance(module, nn.Conv2d):
+            if isinstance(module, LateBiasConv2d):
+                output = output[0]  # without the bias
             if isinstance(module, OffsetsAndMask):
                 output = output[:, : module.out_channels]  # without those that are made of zeros
             totals["module"] += output.numel() * module.weight[0].numel()
@@ -50,6 +60,8 @@ def count_cost(network: nn.Module, height: int = 240, width: int = 240) -> Cost:
             totals["scan"] += module.scan_flops(tokens)
         elif isinstance(module, DeformBlock):
             totals["raw"] += module.product_macs(output.numel() // output.shape[1])
+        elif isinstance(module, ChannelAttention):
+            totals["module"] += module.layer_macs(output.shape[0])
         elif isinstance(module, MultiModalityFusion):
             totals["module"] += module.layer_macs(output.shape[0], output.numel() // output.shape[1])
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from glmamba_monai.ops import (
+    attend_channels,
     bias_silu,
-    deform_conv2d,
+    deform_residual,
     fuse_modalities,
     modulate,
     norm_gate,
@@ -92,17 +93,42 @@ class SS2D(nn.Module):
         return tokens * (9 * self.A_log.numel() + self.D.numel())
 
 
+class LateBiasConv2d(nn.Conv2d):
+    """A 3x3 convolution that on a GPU leaves its bias to the step after it.
+
+    cuDNN would add it in a pass of its own over the whole result; oneDNN, on a CPU, adds it to its sums.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``(B, C, H, W)`` to ``(B, C', H, W)``, and the bias if it is still to be added."""
+        late = self.bias if x.is_cuda else None
+        return self._convolve(x, self.weight, None if x.is_cuda else self.bias), late
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
 class ChannelAttention(nn.Module):
-    """Weights of the channels: global average pool, 1x1, ReLU, 1x1, sigmoid (paper Fig. 2A, "CA")."""
+    """Weights of the channels: global average pool, 1x1, ReLU, 1x1, sigmoid (paper Fig. 2A, "CA"), and the residual."""
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
         self.squeeze = nn.Conv2d(channels, channels // reduction, 1)
         self.excite = nn.Conv2d(channels // reduction, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to ``(B, C, 1, 1)``, to be multiplied with it."""
-        return torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean(dim=(2, 3), keepdim=True)))))
+    def forward(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        """``x + CA(z) z`` of ``z = y + bias``, for maps ``(B, H, W, C)``."""
+        squeeze_bias, excite_bias = self.squeeze.bias, self.excite.bias
+        assert squeeze_bias is not None and excite_bias is not None  # tells TorchScript the type
+        squeeze, excite = self.squeeze.weight.flatten(1), self.excite.weight.flatten(1)
+        return attend_channels(x, y, bias, squeeze, squeeze_bias, excite, excite_bias)
+
+    def layer_macs(self, images: int) -> int:
+        """Multiply-adds of the two layers, which run inside an operator (module counters do not see them)."""
+        return images * (self.squeeze.weight.numel() + self.excite.weight.numel())
 
 
 class DepthwiseSiLU(nn.Conv2d):
@@ -117,6 +143,28 @@ class DepthwiseSiLU(nn.Conv2d):
         bias = self.bias
         assert bias is not None  # tells TorchScript the type
         return bias_silu(y.permute(0, 2, 3, 1), bias)
+
+
+class Mix(nn.Sequential):
+    """Conv3x3 (C to M), GELU, Conv3x3 (M to C)."""
+
+    def __init__(self, channels: int, mix_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, mix_channels, 3, padding=1), nn.GELU(), LateBiasConv2d(mix_channels, channels)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``(B, H, W, C)`` to the same shape, and the last bias if it is still to be added."""
+        y, bias = self[2](self[1](self[0](x.permute(0, 3, 1, 2))))
+        return y.permute(0, 2, 3, 1), bias
+
+
+class NoMix(nn.Module):
+    """Nothing in its place."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The map as it is; no bias."""
+        return x, None
 
 
 class MambaBlock(nn.Module):
@@ -140,13 +188,7 @@ class MambaBlock(nn.Module):
         self.ss2d = SS2D(inner, d_state, math.ceil(channels / 16), local)
         self.scan_norm = nn.LayerNorm(inner)
         self.to_out = nn.Linear(inner, channels, bias=False)
-        self.mix: nn.Module = nn.Identity()
-        if mix_channels:
-            self.mix = nn.Sequential(
-                nn.Conv2d(channels, mix_channels, 3, padding=1),
-                nn.GELU(),
-                nn.Conv2d(mix_channels, channels, 3, padding=1),
-            )
+        self.mix = Mix(channels, mix_channels) if mix_channels else NoMix()
         self.attention = ChannelAttention(channels, attention_reduction)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,8 +197,8 @@ class MambaBlock(nn.Module):
         # The depthwise convolution sees the whole map; only the scan is cut into quadrants.
         u = self.ss2d(self._recomputed_scan_input(h))
         y = self.to_out(norm_gate(u, self.scan_norm.weight, self.scan_norm.bias, self.to_gate(h)))
-        y = self.mix(y.permute(0, 3, 1, 2))
-        return torch.addcmul(x, y.permute(0, 2, 3, 1), self.attention(y).permute(0, 2, 3, 1))
+        y, bias = self.mix(y)
+        return self.attention(x, y, bias)
 
     def _scan_input(self, h: Tensor) -> Tensor:
         return self.depthwise(self.to_scan(h))
@@ -169,25 +211,25 @@ class MambaBlock(nn.Module):
         return self._scan_input(h)
 
 
-class OffsetsAndMask(nn.Conv2d):
-    """3x3 convolution for the 18 offsets and 9 masks of a deformable convolution; zero at the start.
+class OffsetsAndMask(LateBiasConv2d):
+    """3x3 convolution for the 18 offsets and the logits of 9 masks of a deformable convolution; zero at the start.
 
     One convolution reads the map once. It has 5 unused outputs, made of zeros, since cuDNN is slow with 27.
     """
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, 18 + 9, 3, padding=1)
+        super().__init__(channels, 18 + 9)
         nn.init.zeros_(self.weight)
         bias = self.bias
         assert bias is not None
         nn.init.zeros_(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to ``(B, 18 + 9 + 5, H, W)``."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``(B, C, H, W)`` to ``(B, 18 + 9 + 5, H, W)``, and the bias of the 27 if it is still to be added."""
         bias = self.bias
         assert bias is not None  # tells TorchScript the type
         weight = F.pad(self.weight, [0, 0, 0, 0, 0, 0, 0, 5])
-        return F.conv2d(x, weight, F.pad(bias, [0, 5]), self.stride, self.padding, self.dilation, self.groups)
+        return self._convolve(x, weight, None if x.is_cuda else F.pad(bias, [0, 5])), bias if x.is_cuda else None
 
 
 class DeformBlock(nn.Module):
@@ -206,9 +248,8 @@ class DeformBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same shape."""
-        offset, mask, _ = torch.split(self.offsets_and_mask(x), [18, 9, 5], dim=1)
-        y = deform_conv2d(x, offset, self.weight, mask=torch.sigmoid(mask))
-        return bias_silu(y.permute(0, 2, 3, 1), self.bias, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        predicted, bias = self.offsets_and_mask(x)
+        return deform_residual(x, predicted, self.weight, self.bias, bias)
 
     def product_macs(self, pixels: int) -> int:
         """Multiply-adds of the weights with the samples (raw parameters, which module counters do not see)."""

@@ -1,7 +1,8 @@
 """The operations that PyTorch lacks or does in too many passes, with several backends (see `format_backend_report`)."""
 
+from glmamba_monai.ops.attention import attend_channels
 from glmamba_monai.ops.backends import backend_report, format_backend_report, require_backends
-from glmamba_monai.ops.deform_conv import deform_conv2d
+from glmamba_monai.ops.deform_conv import deform_conv2d, deform_residual
 from glmamba_monai.ops.fusion import fuse_modalities
 from glmamba_monai.ops.memory import keep_freed_memory
 from glmamba_monai.ops.pointwise import bias_silu, modulate, norm_gate, pixels_in_place
@@ -9,9 +10,11 @@ from glmamba_monai.ops.selective_scan import selective_scan
 from glmamba_monai.ops.ss2d import projected_ss2d_scan, ss2d_scan
 
 __all__ = [
+    "attend_channels",
     "backend_report",
     "bias_silu",
     "deform_conv2d",
+    "deform_residual",
     "format_backend_report",
     "fuse_modalities",
     "keep_freed_memory",

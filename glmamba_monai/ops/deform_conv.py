@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glmamba_monai.ops import backends
+from glmamba_monai.ops.pointwise import bias_silu
 
-__all__ = ["deform_conv2d"]
+__all__ = ["deform_conv2d", "deform_residual"]
 
 # Output positions per chunk. With 96 channels and 9 taps the sampled values of one chunk take 28 MB, those of a
 # whole 240x240 slice 199 MB. Smaller chunks gain nothing: each adds a gradient of the size of the input.
@@ -58,10 +59,7 @@ def deform_conv2d(
 
     Source: Zhu et al., "Deformable ConvNets v2", 2019, equation 1; arguments as in torchvision.
     """
-    if isinstance(padding, int):
-        pad_y, pad_x = padding, padding
-    else:
-        pad_y, pad_x = padding
+    pad_y, pad_x = _pair(padding)
     _check_shapes(input, offset, weight, bias, pad_y, pad_x, mask)
     if input.is_meta:
         return input.new_empty((input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3]))
@@ -75,6 +73,62 @@ def deform_conv2d(
     return y.to(input.dtype)
 
 
+def deform_residual(
+    x: Tensor,
+    predicted: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    predicted_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`x + SiLU(deform_conv2d(x) + bias)`, with offsets and masks as a layer before it predicts them: in one map.
+
+    With `z = predicted + predicted_bias`, the offsets are the first 18 channels of z and the masks the sigmoid of the
+    next 9; any further channels are not read. The backend triton does so on the way, without a map for either.
+    Precisions are those of :func:`deform_conv2d`.
+
+    Args:
+        x: `(B, C, H, W)`.
+        predicted: `(B, 27 or more, H, W)`; offsets in pixels.
+        weight: `(C, C, 3, 3)`.
+        bias: `(C,)`.
+        predicted_bias: `(27,)`, of the layer that predicts, if it is still to be added.
+        backend: see :func:`deform_conv2d`.
+
+    Returns:
+        `(B, C, H, W)` in the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`deform_conv2d`.
+
+    Source: GLMamba, Fig. 2B and equation 5.
+    """
+    height, width = _output_size(x, weight, 1, 1)
+    _check_shape("weight", weight, [x.shape[1], x.shape[1], 3, 3])
+    _check_shape("bias", bias, [x.shape[1]])
+    channels = max(predicted.shape[1] if predicted.dim() == 4 else 0, 27)
+    _check_shape("predicted", predicted, [x.shape[0], channels, height, width])
+    if predicted_bias is not None:
+        _check_shape("predicted_bias", predicted_bias, [27])
+    if x.is_meta or torch.jit.is_scripting():
+        pass  # step by step, below
+    elif backends.backend_for("deform_conv2d", x, backend) == backends.backend_for("pointwise", x) == "triton":
+        return _triton_deform_residual(x, predicted, weight, bias, predicted_bias)
+    offset, mask, _ = torch.split(predicted, [18, 9, channels - 27], dim=1)
+    if predicted_bias is not None:
+        offset = offset + predicted_bias[:18].view(-1, 1, 1)
+        mask = mask + predicted_bias[18:].view(-1, 1, 1)
+    y = deform_conv2d(x, offset, weight, mask=torch.sigmoid(mask), backend=backend)
+    return bias_silu(y.permute(0, 2, 3, 1), bias, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _pair(padding: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(padding, int):
+        return padding, padding
+    else:
+        return padding
+
+
 def _check_shapes(
     input: Tensor,
     offset: Tensor,
@@ -84,22 +138,28 @@ def _check_shapes(
     pad_x: int,
     mask: Tensor | None,
 ) -> None:
+    height, width = _output_size(input, weight, pad_y, pad_x)
+    taps = weight.shape[2] * weight.shape[3]
+    _check_shape("offset", offset, [input.shape[0], 2 * taps, height, width])
+    if mask is not None:
+        _check_shape("mask", mask, [input.shape[0], taps, height, width])
+    if bias is not None:
+        _check_shape("bias", bias, [weight.shape[0]])
+
+
+def _output_size(input: Tensor, weight: Tensor, pad_y: int, pad_x: int) -> tuple[int, int]:
+    """Rows and columns of the result, if input, weight and padding are what they should be."""
     if input.dim() != 4:
         raise ValueError(f"input: found shape {list(input.shape)}, expected (B, C, H, W)")
     if weight.dim() != 4 or weight.shape[1] != input.shape[1]:
         raise ValueError(f"weight: found shape {list(weight.shape)}, expected (C_out, {input.shape[1]}, kh, kw)")
     if pad_y < 0 or pad_x < 0:
         raise ValueError(f"padding: found {[pad_y, pad_x]}, expected numbers >= 0")
-    taps = weight.shape[2] * weight.shape[3]
     height = input.shape[2] + 2 * pad_y - weight.shape[2] + 1
     width = input.shape[3] + 2 * pad_x - weight.shape[3] + 1
     if height < 1 or width < 1:
         raise ValueError(f"input: found shape {list(input.shape)}, expected at least the kernel's size after padding")
-    _check_shape("offset", offset, [input.shape[0], 2 * taps, height, width])
-    if mask is not None:
-        _check_shape("mask", mask, [input.shape[0], taps, height, width])
-    if bias is not None:
-        _check_shape("bias", bias, [weight.shape[0]])
+    return height, width
 
 
 def _one_dtype(
@@ -422,6 +482,113 @@ def _triton_deform(
     # The kernel adds the bias to its sums: another pass over the result would take a tenth of the convolution's time.
     bias = None if bias is None else backends.for_triton(bias)
     return torch.ops.glmamba.deform_conv2d.default(input, offset, weight, mask, pad_y, pad_x, bias)
+
+
+# --- the same with offsets and masks in one map, as they are predicted: backend "triton" ----------------------------
+
+torch.library.define(
+    "glmamba::predicted_deform_conv2d",
+    "(Tensor input, Tensor predicted, Tensor weight, Tensor shift, int pad_y, int pad_x) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "glmamba::predicted_deform_conv2d_backward",
+    "(Tensor grad, Tensor input, Tensor predicted, Tensor weight, Tensor shift, int pad_y, int pad_x,"
+    " Tensor? beside=None) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("glmamba::predicted_deform_conv2d", "cuda")
+def _triton_predicted_forward(*arguments: Any) -> Tensor:
+    return backends.load_backend("deform_conv2d", "triton").predicted_forward(*arguments)
+
+
+@torch.library.impl("glmamba::predicted_deform_conv2d_backward", "cuda")
+def _triton_predicted_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.load_backend("deform_conv2d", "triton").predicted_backward(*arguments)
+
+
+@torch.library.register_fake("glmamba::predicted_deform_conv2d")
+def _fake_predicted_forward(
+    input: Tensor, predicted: Tensor, weight: Tensor, shift: Tensor, pad_y: int, pad_x: int
+) -> Tensor:
+    return _fake_forward(input, predicted, weight, None, pad_y, pad_x)
+
+
+@torch.library.register_fake("glmamba::predicted_deform_conv2d_backward")
+def _fake_predicted_backward(
+    grad: Tensor, input: Tensor, predicted: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_input = torch.empty_like(input, memory_format=torch.channels_last)
+    return (
+        grad_input,
+        torch.empty_like(predicted),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+    )
+
+
+def _save_predicted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.pad_y, ctx.pad_x = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_predicted(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, predicted, weight, shift = ctx.saved_tensors
+    grad_input, grad_predicted, grad_weight = torch.ops.glmamba.predicted_deform_conv2d_backward.default(
+        grad, input, predicted, weight, shift, ctx.pad_y, ctx.pad_x
+    )
+    return grad_input, grad_predicted, grad_weight, _shift_gradient(grad_predicted, shift), None, None
+
+
+def _shift_gradient(grad_predicted: Tensor, shift: Tensor) -> Tensor:
+    return grad_predicted.sum((0, 2, 3), dtype=torch.float32)[: shift.shape[0]].to(shift.dtype)
+
+
+torch.library.register_autograd(
+    "glmamba::predicted_deform_conv2d", _differentiate_predicted, setup_context=_save_predicted
+)
+torch.library.register_autograd("glmamba::predicted_deform_conv2d_backward", _differentiate_twice)
+
+
+class _DeformResidual(torch.autograd.Function):
+    """Both operators, but the residual's gradient is what the gradient of the convolution's input is added to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, predicted: Tensor, weight: Tensor, shift: Tensor, bias: Tensor) -> Tensor:
+        y = torch.ops.glmamba.predicted_deform_conv2d.default(x, predicted, weight, shift, *_SAME)
+        ctx.save_for_backward(x, predicted, weight, shift, bias, y)
+        return _channels_first(torch.ops.glmamba.bias_silu.default(_channels_last(y), bias, _channels_last(x)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, predicted, weight, shift, bias, y = ctx.saved_tensors
+        dy, dbias = torch.ops.glmamba.bias_silu_backward.default(_channels_last(grad), _channels_last(y), bias)
+        dx, dpredicted, dweight = torch.ops.glmamba.predicted_deform_conv2d_backward.default(
+            _channels_first(dy), x, predicted, weight, shift, *_SAME, grad
+        )
+        return dx, dpredicted, dweight, _shift_gradient(dpredicted, shift), dbias
+
+
+_SAME = (1, 1)  # padding of a 3x3 kernel
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _triton_deform_residual(
+    x: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor, predicted_bias: Tensor | None
+) -> Tensor:
+    dtype = x.dtype
+    x, predicted, weight = (backends.for_triton(t) for t in (x, predicted, weight))
+    shift = predicted.new_zeros(27) if predicted_bias is None else predicted_bias
+    return _DeformResidual.apply(x, predicted, weight, shift, bias).to(dtype)
 
 
 def _native_deform(

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "predicted_backward", "predicted_forward"]
 
 
 class Launch(NamedTuple):
@@ -84,11 +84,14 @@ def _axis(moved, base, size):
 
 @triton.jit
 def _place(
-    offset, mask, tap, row, column, valid, height, width, pad_y, pad_x,
+    offset, mask, shift, tap, row, column, valid, height, width, pad_y, pad_x,
     offset_c, offset_h, offset_w, mask_c, mask_h, mask_w,
-    KERNEL_W: tl.constexpr, HAS_MASK: tl.constexpr, WIDE: tl.constexpr,
+    TAPS: tl.constexpr, KERNEL_W: tl.constexpr, HAS_MASK: tl.constexpr, PREDICTED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Where tap k samples: four pixels, and per axis the insides, the fraction; the mask (0 for no position)."""
+    """Where tap k samples: four pixels, and per axis the insides, the fraction; the mask (0 for no position).
+
+    PREDICTED: the mask is given before its sigmoid, and `shift` is added to offsets and mask.
+    """
     at_row, at_column, at_tap = row, column, tap
     if WIDE:
         at_row, at_column, at_tap = row.to(tl.int64), column.to(tl.int64), tl.cast(tap, tl.int64)
@@ -99,6 +102,10 @@ def _place(
         share = tl.load(mask + at_tap * mask_c + at_row * mask_h + at_column * mask_w, valid, other=0.0).to(tl.float32)
     else:
         share = valid.to(tl.float32)
+    if PREDICTED:
+        dy += tl.load(shift + 2 * tap)
+        dx += tl.load(shift + 2 * tap + 1)
+        share = tl.where(valid, tl.sigmoid(share + tl.load(shift + 2 * TAPS + tap)), 0.0)
     y0, y1, in_y0, in_y1, fy = _axis(dy, row + tap // KERNEL_W - pad_y, height)
     x0, x1, in_x0, in_x1, fx = _axis(dx, column + tap % KERNEL_W - pad_x, width)
     if WIDE:
@@ -156,11 +163,11 @@ def _store_sums(y, at, valid, n, total, bias, N: tl.constexpr, HAS_BIAS: tl.cons
 
 @triton.jit
 def _forward_kernel(
-    x, offset, mask, weight, bias, y, in_height, in_width, height, width, pad_y, pad_x,
+    x, offset, mask, shift, weight, bias, y, in_height, in_width, height, width, pad_y, pad_x,
     offset_b, offset_c, offset_h, offset_w, mask_b, mask_c, mask_h, mask_w,
     C: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, KERNEL_W: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    PREDICTED: tl.constexpr, HAS_BIAS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x (B, H, W, C), weight (taps, N, C), y (B, H_out, W_out, N); one program: a tile, N0 + N1 output channels."""
     image, row, column, valid = _tile(tl.program_id(0), height, width, TILE_H, TILE_W)
@@ -176,8 +183,8 @@ def _forward_kernel(
     for start in range(0, C, DEPTH * GROUP):
         for tap in range(TAPS):
             p00, p01, p10, p11, in_y0, in_y1, fy, in_x0, in_x1, fx, share = _place(
-                offset, mask, tap, row, column, valid, in_height, in_width, pad_y, pad_x,
-                offset_c, offset_h, offset_w, mask_c, mask_h, mask_w, KERNEL_W, HAS_MASK, WIDE,
+                offset, mask, shift, tap, row, column, valid, in_height, in_width, pad_y, pad_x,
+                offset_c, offset_h, offset_w, mask_c, mask_h, mask_w, TAPS, KERNEL_W, HAS_MASK, PREDICTED, WIDE,
             )  # fmt: skip
             # A product with 0, not a choice, so that a NaN in the offset shows wherever it points.
             top, bottom = (1 - fy) * in_y0 * share, fy * in_y1 * share
@@ -226,11 +233,11 @@ def _grad_block(dy, at, valid, n, N: tl.constexpr, dtype: tl.constexpr, PRECISIO
 
 @triton.jit
 def _samples_backward_kernel(
-    dy, x, offset, mask, weight, dx, d_offset, d_mask, in_height, in_width, height, width, pad_y, pad_x,
+    dy, x, offset, mask, shift, weight, dx, d_offset, d_mask, in_height, in_width, height, width, pad_y, pad_x,
     offset_b, offset_c, offset_h, offset_w, mask_b, mask_c, mask_h, mask_w,
     d_offset_b, d_offset_c, d_offset_h, d_offset_w, d_mask_b, d_mask_c, d_mask_h, d_mask_w,
     C: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, KERNEL_W: tl.constexpr, HAS_MASK: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, DEPTH: tl.constexpr,
+    PREDICTED: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, DEPTH: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x, offset and mask; dy (B, H_out, W_out, N), weight (taps, C, N), dx float32 zeros (B, H, W, C).
@@ -257,8 +264,8 @@ def _samples_backward_kernel(
         g1 = _grad_block(dy, at, valid, n1, N, dtype, PRECISION)
     for tap in range(TAPS):
         p00, p01, p10, p11, in_y0, in_y1, fy, in_x0, in_x1, fx, share = _place(
-            offset, mask, tap, row, column, valid, in_height, in_width, pad_y, pad_x,
-            offset_c, offset_h, offset_w, mask_c, mask_h, mask_w, KERNEL_W, HAS_MASK, WIDE,
+            offset, mask, shift, tap, row, column, valid, in_height, in_width, pad_y, pad_x,
+            offset_c, offset_h, offset_w, mask_c, mask_h, mask_w, TAPS, KERNEL_W, HAS_MASK, PREDICTED, WIDE,
         )  # fmt: skip
         top, bottom = (1 - fy) * in_y0, fy * in_y1
         left, right = (1 - fx) * in_x0, fx * in_x1
@@ -291,16 +298,18 @@ def _samples_backward_kernel(
         tl.store(to + d_offset_c, grad_x.to(d_offset.dtype.element_ty), valid)
         if HAS_MASK:
             grad_share = top * (left * q00 + right * q01) + bottom * (left * q10 + right * q11)
+            if PREDICTED:
+                grad_share *= share * (1 - share)
             to = d_mask + at_tap * d_mask_c + at_row * d_mask_h + at_column * d_mask_w
             tl.store(to, grad_share.to(d_mask.dtype.element_ty), valid)
 
 
 @triton.jit
 def _weight_backward_kernel(
-    dy, x, offset, mask, partial, tiles, splits, in_height, in_width, height, width, pad_y, pad_x,
+    dy, x, offset, mask, shift, partial, tiles, splits, in_height, in_width, height, width, pad_y, pad_x,
     offset_b, offset_c, offset_h, offset_w, mask_b, mask_c, mask_h, mask_w,
     C: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, KERNEL_W: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    PREDICTED: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """partial (splits, taps, N, C) float32; one program: `GROUP` taps, every `splits`-th tile, a block of N by C."""
@@ -322,9 +331,9 @@ def _weight_backward_kernel(
         sums = ()
         for j in tl.static_range(GROUP):
             p00, p01, p10, p11, in_y0, in_y1, fy, in_x0, in_x1, fx, share = _place(
-                offset + image * offset_b, mask + image * mask_b, tl.minimum(first + j, TAPS - 1), row, column, valid,
-                in_height, in_width, pad_y, pad_x,
-                offset_c, offset_h, offset_w, mask_c, mask_h, mask_w, KERNEL_W, HAS_MASK, WIDE,
+                offset + image * offset_b, mask + image * mask_b, shift, tl.minimum(first + j, TAPS - 1), row, column,
+                valid, in_height, in_width, pad_y, pad_x,
+                offset_c, offset_h, offset_w, mask_c, mask_h, mask_w, TAPS, KERNEL_W, HAS_MASK, PREDICTED, WIDE,
             )  # fmt: skip
             top, bottom = (1 - fy) * in_y0 * share, fy * in_y1 * share
             left, right = (1 - fx) * in_x0, fx * in_x1
@@ -348,6 +357,7 @@ def forward(
     pad_y: int,
     pad_x: int,
     bias: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The convolution, stride 1, dilation 1, one offset group; deterministic.
 
@@ -362,6 +372,7 @@ def forward(
         pad_y: rows of zeros above and below.
         pad_x: columns of zeros at either side.
         bias: `(N,)`, added in float32, or None.
+        shift: `(3*kh*kw,)`, added to offset and mask, which is then given before its sigmoid; None for neither.
 
     Returns:
         `(B, N, H_out, W_out)` in the input's type, channels_last.
@@ -378,10 +389,10 @@ def forward(
     depth = min(launch.depth, _power(channels))
     with torch.cuda.device_of(input):
         _forward_kernel[(_tiles(offset, launch), triton.cdiv(out_channels, first + second))](
-            _channels_last(input), offset, offset if mask is None else mask,
+            _channels_last(input), offset, offset if mask is None else mask, _shift(shift, offset),
             # Channels innermost: the matrix unit wants the inner dimension of a tf32 product contiguous.
             _arrange(weight, (2, 3, 0, 1), input.dtype), weight if bias is None else bias.contiguous(), output,
-            *_geometry(input, offset, mask, pad_y, pad_x), **_sizes(input, offset, weight, mask),
+            *_geometry(input, offset, mask, pad_y, pad_x), **_sizes(input, offset, weight, mask, shift),
             HAS_BIAS=bias is not None, N0=first, N1=second, DEPTH=depth,
             GROUP=min(launch.group, triton.cdiv(channels, depth)),
             **_options(launch, input.dtype),
@@ -390,7 +401,16 @@ def forward(
 
 
 def backward(
-    grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, pad_y: int, pad_x: int
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    pad_y: int,
+    pad_x: int,
+    shift: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+    beside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `forward`; that of the input is summed atomically, so its last bits may differ between runs.
 
@@ -402,24 +422,37 @@ def backward(
         mask: see `forward`.
         pad_y: see `forward`.
         pad_x: see `forward`.
+        shift: see `forward`; its gradient is the sum of those of offset and mask over images and positions.
+        into: where the gradients of offset and mask are written; None for new tensors.
+        beside: another gradient of the input, which is added on the way; None for nothing.
 
     Returns:
         Gradients of input, offset, weight and mask (None without one), each in the type of its tensor.
     """
-    grad_offset = torch.empty_like(offset)
-    grad_mask = None if mask is None else torch.empty_like(mask)
+    if into is None:
+        grad_offset, grad_mask = torch.empty_like(offset), None if mask is None else torch.empty_like(mask)
+    else:
+        grad_offset, grad_mask = into
     out_channels, channels, kernel_h, kernel_w = weight.shape
     if grad.numel() == 0:
-        return torch.zeros_like(input), grad_offset, torch.zeros_like(weight), grad_mask
+        return (
+            torch.zeros_like(input) if beside is None else beside.to(input.dtype),
+            grad_offset,
+            torch.zeros_like(weight),
+            grad_mask,
+        )
     image, grad = _channels_last(input), _channels_last(grad.to(input.dtype))
     given, grad_given = (offset, grad_offset) if mask is None else (mask, grad_mask)
-    grad_input = torch.zeros_like(image, dtype=torch.float32)
-    geometry, sizes = _geometry(input, offset, mask, pad_y, pad_x), _sizes(input, offset, weight, mask)
+    if beside is None:
+        grad_input = torch.zeros_like(image, dtype=torch.float32)
+    else:
+        grad_input = torch.empty_like(image, dtype=torch.float32).copy_(beside)
+    geometry, sizes = _geometry(input, offset, mask, pad_y, pad_x), _sizes(input, offset, weight, mask, shift)
     with torch.cuda.device_of(input):
         launch = SAMPLES[input.element_size()]
         first, second = _split(out_channels)
         _samples_backward_kernel[(_tiles(offset, launch),)](
-            grad, image, offset, given, _arrange(weight, (2, 3, 1, 0), input.dtype),
+            grad, image, offset, given, _shift(shift, offset), _arrange(weight, (2, 3, 1, 0), input.dtype),
             grad_input, grad_offset, grad_given, *geometry, *grad_offset.stride(), *grad_given.stride(), **sizes,
             N0=first, N1=second, DEPTH=min(launch.depth, _power(channels)), **_options(launch, input.dtype),
         )  # fmt: skip
@@ -430,11 +463,57 @@ def backward(
         splits = max(1, min(tiles, 4 * _processors(input) // math.prod(blocks)))
         partial = torch.empty(splits, taps, out_channels, channels, dtype=torch.float32, device=input.device)
         _weight_backward_kernel[(splits * blocks[0], *blocks[1:])](
-            grad, image, offset, given, partial, tiles, splits, *geometry, **sizes,
+            grad, image, offset, given, _shift(shift, offset), partial, tiles, splits, *geometry, **sizes,
             BLOCK_N=min(MAX_BLOCK, _power(out_channels)), DEPTH=depth, GROUP=group, **_options(launch, input.dtype),
         )  # fmt: skip
     grad_weight = partial.sum(0).view(kernel_h, kernel_w, out_channels, channels).permute(2, 3, 0, 1)
     return grad_input.to(input.dtype), grad_offset, grad_weight.to(weight.dtype).contiguous(), grad_mask
+
+
+def predicted_forward(
+    input: Tensor, predicted: Tensor, weight: Tensor, shift: Tensor, pad_y: int, pad_x: int
+) -> Tensor:
+    """`forward` of offsets and logits of masks that are parts of one map.
+
+    Args:
+        input: see `forward`.
+        predicted: `(B, 3*kh*kw or more, H_out, W_out)`: offsets, logits, and channels that are not read.
+        weight: see `forward`.
+        shift: `(3*kh*kw,)`, added to the map in float32.
+        pad_y: see `forward`.
+        pad_x: see `forward`.
+    """
+    offset, logits = _parts(predicted, shift)
+    return forward(input, offset, weight, logits, pad_y, pad_x, None, shift)
+
+
+def predicted_backward(
+    grad: Tensor,
+    input: Tensor,
+    predicted: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    pad_y: int,
+    pad_x: int,
+    beside: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, predicted and weight, see `backward`."""
+    offset, logits = _parts(predicted, shift)
+    grad_predicted = torch.empty_like(predicted)
+    grad_predicted[:, shift.shape[0] :] = 0
+    into = _parts(grad_predicted, shift)
+    grad_input, _, grad_weight, _ = backward(grad, input, offset, weight, logits, pad_y, pad_x, shift, into, beside)
+    return grad_input, grad_predicted, grad_weight
+
+
+def _parts(predicted: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    taps = shift.shape[0] // 3
+    return predicted[:, : 2 * taps], predicted[:, 2 * taps : 3 * taps]
+
+
+def _shift(shift: Tensor | None, offset: Tensor) -> Tensor:
+    """The kernels' argument: any tensor where there is none."""
+    return offset if shift is None else shift.float().contiguous()
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -462,7 +541,7 @@ def _geometry(input: Tensor, offset: Tensor, mask: Tensor | None, pad_y: int, pa
     return (*input.shape[2:], *offset.shape[2:], pad_y, pad_x, *strides)
 
 
-def _sizes(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> dict[str, Any]:
+def _sizes(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, shift: Tensor | None) -> dict[str, Any]:
     """Compile-time arguments that all kernels take."""
     out_channels, channels, kernel_h, kernel_w = weight.shape
     # Images are found by 64-bit numbers always, positions in an image only where 32 bits do not hold them.
@@ -472,7 +551,8 @@ def _sizes(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -
             extents.append(sum((n - 1) * step for n, step in zip(given.shape[1:], given.stride()[1:])))
     return {
         "C": channels, "N": out_channels, "TAPS": kernel_h * kernel_w, "KERNEL_W": kernel_w,
-        "HAS_MASK": mask is not None, "WIDE": max(extents) >= 2**31, "PRECISION": _precision(),
+        "HAS_MASK": mask is not None, "PREDICTED": shift is not None,
+        "WIDE": max(extents) >= 2**31, "PRECISION": _precision(),
     }  # fmt: skip
 
 
