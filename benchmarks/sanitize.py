@@ -16,7 +16,8 @@ from glmamba_monai.networks import build_network
 from glmamba_monai.ops import backend_report, deform_conv2d, format_backend_report, ss2d_scan
 
 DTYPES = (torch.float32, torch.bfloat16)
-SLICES = ((1, 30, 22), (2, 32, 40))  # batch, H, W
+# Channels, reduction of the attention, batch, H, W: channels that fill their tiles, and others.
+SLICES = ((32, 8, 1, 30, 22), (20, 6, 2, 32, 40))
 SCANS = (  # D, N, H, W, quadrants: tiles that fill lines, channels and states, and others
     (192, 16, 24, 32, False),
     (192, 16, 24, 32, True),
@@ -32,9 +33,11 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32, device: str) -> Tensor
     return torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
 
 
-def run_network(batch: int, height: int, width: int, autocast: bool, device: str) -> None:
+def run_network(
+    channels: int, reduction: int, batch: int, height: int, width: int, autocast: bool, device: str
+) -> None:
     """A small GLMamba: training step and inference."""
-    size = {"channels": 32, "n_mamba": 1, "n_deform": 1, "attention_reduction": 8, "mix_channels": 8}
+    size = {"channels": channels, "n_mamba": 1, "n_deform": 1, "attention_reduction": reduction, "mix_channels": 8}
     network = build_network("glmamba", **size).to(device)
     for parameter in network.parameters():
         if not parameter.abs().any():  # offsets that are zero would not leave their pixels

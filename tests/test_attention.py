@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from glmamba_monai.ops import attend_channels
 
@@ -85,7 +86,7 @@ def test_it_computes_in_float32_and_returns_the_dtype_of_x():
 @pytest.mark.parametrize(
     ("i", "shape", "message"),
     [
-        (1, (2, 5, 7, 5), r"y: found shape \[2, 5, 7, 5\], expected \[2, 5, 7, 6\]"),
+        (1, (2, 5, 7, 5), r"y: found shape \[2, 5, 7, 5\], expected \[2, 5, 7, 6\] \(from x and squeeze_weight\)"),
         (2, (5,), r"bias: found shape \[5\], expected \[6\]"),
         (3, (3, 5), r"squeeze_weight: found shape \[3, 5\], expected \[3, 6\]"),
         (4, (2,), r"squeeze_bias: found shape \[2\], expected \[3\]"),
@@ -183,6 +184,45 @@ def test_the_operator_equals_the_definition_with_all_gradients(operator, kernels
     )
     for name, x, e in zip(names, *gradients, strict=True):
         assert x.dtype == torch.float32 and relative(x, e) <= 1e-4, name
+
+
+@needs_kernels
+def test_half_precision_and_parameters_of_another_dtype(operator, kernels):
+    inputs = make_inputs()
+    inputs[:2] = [x.half().double() for x in inputs[:2]]
+    dtypes = [torch.float16, torch.float32, torch.float32, torch.float16, torch.float32, torch.float64, torch.float16]
+    inputs = [x.to(dtype).double() for x, dtype in zip(inputs, dtypes)]
+    leaves = leaves_of(inputs)
+    given = [x.to(DEVICE, dtype).requires_grad_() for x, dtype in zip(inputs, dtypes)]
+    expected, found = attend_channels(*leaves), operator(*given)[0]
+    assert found.dtype == torch.float16 and relative(found.detach(), expected.detach()) <= 1e-3
+    gradients = (torch.autograd.grad(y.sum(), xs) for y, xs in ((found, given), (expected, leaves)))
+    for name, dtype, x, e in zip(NAMES, dtypes, *gradients, strict=True):
+        assert x.dtype == dtype and relative(x, e) <= 1e-2, name
+
+
+@needs_kernels
+def test_a_nan_spoils_its_image_and_no_other(kernels):
+    given = [x.detach() for x in given_of(make_inputs())]
+    expected = kernels.attend_channels_forward(*given)[0]
+    given[1][0, 2, 3, 1] = float("nan")
+    found = kernels.attend_channels_forward(*given)[0]
+    assert found[0].isnan().all() and torch.equal(found[1], expected[1])
+    assert torch.equal(found.isnan().cpu(), attend_channels(*(x.cpu() for x in given)).isnan())
+
+
+@needs_kernels
+def test_gradients_have_the_same_bits_again_and_pass_a_checkpoint(operator, kernels):
+    def gradients(call):
+        given = given_of(make_inputs())
+        return torch.autograd.grad(call(*given).square().sum(), given)
+
+    def result(*given):
+        return operator(*given)[0]
+
+    first = gradients(result)
+    for again in (gradients(result), gradients(lambda *given: checkpoint(result, *given, use_reentrant=False))):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @needs_kernels

@@ -45,7 +45,7 @@ def tables(text):
 @pytest.mark.parametrize("device", DEVICES)
 def test_sanitize(device, capsys, monkeypatch):
     sanitize = importlib.import_module("sanitize")
-    monkeypatch.setattr(sanitize, "SLICES", ((1, 8, 12),))
+    monkeypatch.setattr(sanitize, "SLICES", ((8, 3, 1, 8, 12),))
     monkeypatch.setattr(sanitize, "SCANS", ((8, 1, 6, 10, True),))
     monkeypatch.setattr(sanitize, "CONVOLUTIONS", ((4, 3, 5, 7),))
     sanitize.main(device)

@@ -15,6 +15,7 @@ from glmamba_monai.networks.glmamba import (
     SS2D,
     ChannelAttention,
     DeformBlock,
+    LateBiasConv2d,
     MambaBlock,
     MultiModalityFusion,
     OffsetsAndMask,
@@ -244,6 +245,25 @@ def test_channel_attention_by_hand():
     torch.testing.assert_close(attention(x, y + bias, None), attention(x, y, bias))
 
 
+@pytest.mark.parametrize("mix_channels", [0, 4])
+def test_biases_that_are_left_to_the_next_step_change_nothing(mix_channels, monkeypatch):
+    """As on a GPU, in float64: results and all gradients."""
+    network = GLMamba(**TINY | {"mix_channels": mix_channels}).double()
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.rand(1, 2, 16, 16, dtype=torch.float64)
+
+    def results():
+        y = network(x)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), list(network.parameters()))
+
+    expected = results()
+    monkeypatch.setattr(LateBiasConv2d, "_bias_is_late", lambda self, x: True)
+    for found, e in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, e)
+
+
 def test_a_fresh_deform_block_is_a_convolution_at_half_weight():
     torch.manual_seed(0)
     block, x = DeformBlock(6), torch.randn(1, 6, 9, 11)
@@ -298,12 +318,17 @@ def test_every_parameter_learns():
 
 @NEEDS_GPU
 @pytest.mark.parametrize("name", ["glmamba", "table1_ref_local"])
-def test_cuda_equals_cpu(name):
-    network, x = tiny(name), torch.rand(2, 2, 24, 36)
-    with torch.no_grad():
-        expected = network(x)
-        found = network.cuda()(x.cuda()).cpu()
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+def test_cuda_equals_cpu_with_all_gradients(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    network, x = randomised(tiny(name)), torch.rand(2, 2, 24, 36)
+
+    def results(network, x):
+        y = network(x)
+        return y.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(y.square().sum(), list(network.parameters())))
+
+    expected = results(network, x)
+    for found, e in zip(results(network.cuda(), x.cuda()), expected, strict=True):
+        torch.testing.assert_close(found, e, rtol=1e-3, atol=1e-3 * float(e.abs().max()))
 
 
 def kept_bytes(network: nn.Module, x: torch.Tensor) -> int:

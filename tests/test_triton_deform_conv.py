@@ -9,7 +9,9 @@ import sys
 
 import pytest
 import torch
+from monai.data import MetaTensor, list_data_collate
 from test_deform_conv import make_inputs, make_residual_inputs, relative, sampling_loop
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="needs the package triton")
 
@@ -182,15 +184,12 @@ def test_an_empty_batch_gives_empty_results():
 @pytest.fixture
 def whole_step():
     """The backend triton of `deform_residual`, on CPU tensors in the interpreter."""
-    from glmamba_monai.ops import triton_pointwise
     from glmamba_monai.ops.deform_conv import _triton_deform_residual
 
     if INTERPRETED:
         library = torch.library.Library("glmamba", "IMPL")
-        library.impl("predicted_deform_conv2d", kernels.predicted_forward, "CPU")
-        library.impl("predicted_deform_conv2d_backward", kernels.predicted_backward, "CPU")
-        library.impl("bias_silu", triton_pointwise.bias_silu_forward, "CPU")
-        library.impl("bias_silu_backward", triton_pointwise.bias_silu_backward, "CPU")
+        library.impl("deform_residual", kernels.residual_forward, "CPU")
+        library.impl("deform_residual_backward", kernels.residual_backward, "CPU")
         yield _triton_deform_residual
         library._destroy()
     else:
@@ -238,13 +237,40 @@ def test_the_whole_step_in_half_precision_and_without_the_predictions_bias(whole
 
 
 @needs_kernels
-def test_the_operator_for_predictions_passes_torchs_own_checks(whole_step):
+def test_the_whole_step_takes_a_batch_of_monai_and_checkpoints(whole_step):
+    inputs = {name: x.to(DEVICE) for name, x in make_residual_inputs(size=(2, 3)).items()}
+    expected = whole_step_results(whole_step, inputs)
+    given = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    batch = list_data_collate([{"x": MetaTensor(x)} for x in given["x"]])["x"]
+    y = checkpoint(whole_step, batch, *list(given.values())[1:], use_reentrant=False).as_tensor()
+    found = {"output": y.detach()} | dict(zip(given, torch.autograd.grad(y, list(given.values()), cotangent(y))))
+    assert_close(found, expected, 1e-6, 1e-5)
+
+
+@needs_kernels
+def test_the_operator_of_the_whole_step_passes_torchs_own_checks(whole_step):
     inputs = make_residual_inputs(b=1, size=(2, 3))
-    del inputs["bias"]
     given = [x.nan_to_num().to(DEVICE).requires_grad_() for x in inputs.values()]
     # Two runs of one kernel need not give the same bits on a GPU, where gradients are added atomically.
-    operator = torch.ops.glmamba.predicted_deform_conv2d.default
-    torch.library.opcheck(operator, (*given, 1, 1), rtol=1e-4, atol=1e-5)
+    torch.library.opcheck(torch.ops.glmamba.deform_residual.default, given, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+def test_on_a_gpu_the_whole_step_is_one_operator_unless_a_backend_is_forced(monkeypatch):
+    inputs = {name: x.cuda() for name, x in make_residual_inputs().items()}
+    expected = deform_residual(**{name: x.cpu() for name, x in inputs.items()}, backend="torch")
+
+    def operators():
+        with torch.profiler.profile() as profile:
+            found = deform_residual(**inputs)
+        assert relative(found.cpu(), expected) <= 1e-5
+        return {event.key for event in profile.key_averages() if event.key.startswith("glmamba::")}
+
+    assert operators() == {"glmamba::deform_residual"}
+    monkeypatch.setenv("GLMAMBA_POINTWISE_BACKEND", "torch")
+    assert operators() == {"glmamba::deform_conv2d"}
+    monkeypatch.setenv("GLMAMBA_DEFORM_BACKEND", "torch")
+    assert operators() == set()
 
 
 @needs_gpu

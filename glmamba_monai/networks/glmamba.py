@@ -104,11 +104,19 @@ class LateBiasConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(B, C, H, W)`` to ``(B, C', H, W)``, and the bias if it is still to be added."""
-        late = self.bias if x.is_cuda else None
-        return self._convolve(x, self.weight, None if x.is_cuda else self.bias), late
+        bias = self.bias
+        assert bias is not None  # tells TorchScript the type
+        return self._convolve(x, self.weight, bias)
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        """With a weight that may have outputs beyond the bias, which get none."""
+        if self._bias_is_late(x):
+            return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups), bias
+        bias = F.pad(bias, [0, weight.shape[0] - bias.shape[0]])
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups), None
+
+    def _bias_is_late(self, x: Tensor) -> bool:
+        return x.is_cuda
 
 
 class ChannelAttention(nn.Module):
@@ -160,7 +168,7 @@ class Mix(nn.Sequential):
 
 
 class NoMix(nn.Module):
-    """Nothing in its place."""
+    """What stands in the place of :class:`Mix` in a block without one."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The map as it is; no bias."""
@@ -229,7 +237,7 @@ class OffsetsAndMask(LateBiasConv2d):
         bias = self.bias
         assert bias is not None  # tells TorchScript the type
         weight = F.pad(self.weight, [0, 0, 0, 0, 0, 0, 0, 5])
-        return self._convolve(x, weight, None if x.is_cuda else F.pad(bias, [0, 5])), bias if x.is_cuda else None
+        return self._convolve(x, weight, bias)
 
 
 class DeformBlock(nn.Module):

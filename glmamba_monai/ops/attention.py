@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glmamba_monai.ops import backends
+from glmamba_monai.ops.shapes import check_shape
 
 __all__ = ["attend_channels"]
 
@@ -55,13 +56,13 @@ def attend_channels(
     Source: GLMamba, Fig. 2A ("CA").
     """
     squeezed, channels = squeeze_weight.shape[0], x.shape[-1]
-    _check_shape("y", y, x.shape)
+    check_shape("y", y, list(x.shape), "x and squeeze_weight")
     if bias is not None:
-        _check_shape("bias", bias, [channels])
-    _check_shape("squeeze_weight", squeeze_weight, [squeezed, channels])
-    _check_shape("squeeze_bias", squeeze_bias, [squeezed])
-    _check_shape("excite_weight", excite_weight, [channels, squeezed])
-    _check_shape("excite_bias", excite_bias, [channels])
+        check_shape("bias", bias, [channels], "x and squeeze_weight")
+    check_shape("squeeze_weight", squeeze_weight, [squeezed, channels], "x and squeeze_weight")
+    check_shape("squeeze_bias", squeeze_bias, [squeezed], "x and squeeze_weight")
+    check_shape("excite_weight", excite_weight, [channels, squeezed], "x and squeeze_weight")
+    check_shape("excite_bias", excite_bias, [channels], "x and squeeze_weight")
     inputs = (x, y, bias, squeeze_weight, squeeze_bias, excite_weight, excite_bias)
     if x.is_meta:
         return _attend(*inputs)
@@ -72,11 +73,6 @@ def attend_channels(
             return torch.ops.glmamba.attend_channels(*inputs)[0]
         with torch.autocast(x.device.type, enabled=False):
             return _attend(*inputs)
-
-
-def _check_shape(name: str, tensor: Tensor, expected: list[int]) -> None:
-    if list(tensor.shape) != list(expected):
-        raise ValueError(f"{name}: found shape {list(tensor.shape)}, expected {list(expected)}")
 
 
 def _attend(
@@ -163,8 +159,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    _, _, squeeze_weight, excite_weight, *_ = ctx.saved_tensors
-    dy, parameters = torch.ops.glmamba.attend_channels_backward(dout, *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # read once: checkpoints refuse more
+    _, _, squeeze_weight, excite_weight, *_ = saved
+    dy, parameters = torch.ops.glmamba.attend_channels_backward(dout, *saved)
     dbias, dsqueeze, dsqueeze_bias, dexcite, dexcite_bias = parameters.split(_parameter_sizes(squeeze_weight))
     dsqueeze, dexcite = dsqueeze.view(squeeze_weight.shape), dexcite.view(excite_weight.shape)
     gradients = [dout, dy, dbias, dsqueeze, dsqueeze_bias, dexcite, dexcite_bias]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glmamba_monai.ops import backends
 from glmamba_monai.ops.pointwise import bias_silu
+from glmamba_monai.ops.shapes import check_shape
 
 __all__ = ["deform_conv2d", "deform_residual"]
 
@@ -84,8 +85,8 @@ def deform_residual(
     """`x + SiLU(deform_conv2d(x) + bias)`, with offsets and masks as a layer before it predicts them: in one map.
 
     With `z = predicted + predicted_bias`, the offsets are the first 18 channels of z and the masks the sigmoid of the
-    next 9; any further channels are not read. The backend triton does so on the way, without a map for either.
-    Precisions are those of :func:`deform_conv2d`.
+    next 9; any further channels are not read. Where triton runs both operations, `deform_conv2d` and `pointwise`, this
+    is one operator, without a map for offsets, masks or sums. Precisions are those of :func:`deform_conv2d`.
 
     Args:
         x: `(B, C, H, W)`.
@@ -93,7 +94,7 @@ def deform_residual(
         weight: `(C, C, 3, 3)`.
         bias: `(C,)`.
         predicted_bias: `(27,)`, of the layer that predicts, if it is still to be added.
-        backend: see :func:`deform_conv2d`.
+        backend: of `deform_conv2d`, see there.
 
     Returns:
         `(B, C, H, W)` in the dtype of `x`.
@@ -103,13 +104,13 @@ def deform_residual(
 
     Source: GLMamba, Fig. 2B and equation 5.
     """
-    height, width = _output_size(x, weight, 1, 1)
-    _check_shape("weight", weight, [x.shape[1], x.shape[1], 3, 3])
-    _check_shape("bias", bias, [x.shape[1]])
+    height, width = _output_size(x, weight, 1, 1, "x")
+    check_shape("weight", weight, [x.shape[1], x.shape[1], 3, 3], "x")
+    check_shape("bias", bias, [x.shape[1]], "x")
     channels = max(predicted.shape[1] if predicted.dim() == 4 else 0, 27)
-    _check_shape("predicted", predicted, [x.shape[0], channels, height, width])
+    check_shape("predicted", predicted, [x.shape[0], channels, height, width], "x")
     if predicted_bias is not None:
-        _check_shape("predicted_bias", predicted_bias, [27])
+        check_shape("predicted_bias", predicted_bias, [27], "x")
     if x.is_meta or torch.jit.is_scripting():
         pass  # step by step, below
     elif backends.backend_for("deform_conv2d", x, backend) == backends.backend_for("pointwise", x) == "triton":
@@ -140,17 +141,17 @@ def _check_shapes(
 ) -> None:
     height, width = _output_size(input, weight, pad_y, pad_x)
     taps = weight.shape[2] * weight.shape[3]
-    _check_shape("offset", offset, [input.shape[0], 2 * taps, height, width])
+    check_shape("offset", offset, [input.shape[0], 2 * taps, height, width], "input, weight and padding")
     if mask is not None:
-        _check_shape("mask", mask, [input.shape[0], taps, height, width])
+        check_shape("mask", mask, [input.shape[0], taps, height, width], "input, weight and padding")
     if bias is not None:
-        _check_shape("bias", bias, [weight.shape[0]])
+        check_shape("bias", bias, [weight.shape[0]], "input, weight and padding")
 
 
-def _output_size(input: Tensor, weight: Tensor, pad_y: int, pad_x: int) -> tuple[int, int]:
-    """Rows and columns of the result, if input, weight and padding are what they should be."""
+def _output_size(input: Tensor, weight: Tensor, pad_y: int, pad_x: int, name: str = "input") -> tuple[int, int]:
+    """Rows and columns of the result, if input (called `name`), weight and padding are what they should be."""
     if input.dim() != 4:
-        raise ValueError(f"input: found shape {list(input.shape)}, expected (B, C, H, W)")
+        raise ValueError(f"{name}: found shape {list(input.shape)}, expected (B, C, H, W)")
     if weight.dim() != 4 or weight.shape[1] != input.shape[1]:
         raise ValueError(f"weight: found shape {list(weight.shape)}, expected (C_out, {input.shape[1]}, kh, kw)")
     if pad_y < 0 or pad_x < 0:
@@ -158,7 +159,7 @@ def _output_size(input: Tensor, weight: Tensor, pad_y: int, pad_x: int) -> tuple
     height = input.shape[2] + 2 * pad_y - weight.shape[2] + 1
     width = input.shape[3] + 2 * pad_x - weight.shape[3] + 1
     if height < 1 or width < 1:
-        raise ValueError(f"input: found shape {list(input.shape)}, expected at least the kernel's size after padding")
+        raise ValueError(f"{name}: found shape {list(input.shape)}, expected at least the kernel's size after padding")
     return height, width
 
 
@@ -170,13 +171,6 @@ def _one_dtype(
     bias = None if bias is None else bias.to(dtype)
     mask = None if mask is None else mask.to(dtype)
     return input.to(dtype), offset.to(dtype), weight.to(dtype), bias, mask
-
-
-def _check_shape(name: str, tensor: Tensor, expected: list[int]) -> None:
-    if list(tensor.shape) != expected:
-        raise ValueError(
-            f"{name}: found shape {list(tensor.shape)}, expected {expected} (from input, weight and padding)"
-        )
 
 
 # --- backend "torch" ---------------------------------------------------------------------------------------------
@@ -484,102 +478,67 @@ def _triton_deform(
     return torch.ops.glmamba.deform_conv2d.default(input, offset, weight, mask, pad_y, pad_x, bias)
 
 
-# --- the same with offsets and masks in one map, as they are predicted: backend "triton" ----------------------------
+# --- the whole step of a deform block: backend "triton", as one operator -------------------------------------------
+# Beside the result it returns the convolution, before bias and SiLU, for the backward pass. There the residual's
+# gradient is what the gradient of the convolution's input is added to.
 
 torch.library.define(
-    "glmamba::predicted_deform_conv2d",
-    "(Tensor input, Tensor predicted, Tensor weight, Tensor shift, int pad_y, int pad_x) -> Tensor",
+    "glmamba::deform_residual",
+    "(Tensor x, Tensor predicted, Tensor weight, Tensor bias, Tensor shift) -> (Tensor out, Tensor convolved)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
-    "glmamba::predicted_deform_conv2d_backward",
-    "(Tensor grad, Tensor input, Tensor predicted, Tensor weight, Tensor shift, int pad_y, int pad_x,"
-    " Tensor? beside=None) -> (Tensor, Tensor, Tensor)",
+    "glmamba::deform_residual_backward",
+    "(Tensor grad, Tensor x, Tensor predicted, Tensor weight, Tensor bias, Tensor shift, Tensor convolved)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-@torch.library.impl("glmamba::predicted_deform_conv2d", "cuda")
-def _triton_predicted_forward(*arguments: Any) -> Tensor:
-    return backends.load_backend("deform_conv2d", "triton").predicted_forward(*arguments)
+@torch.library.impl("glmamba::deform_residual", "cuda")
+def _triton_residual_forward(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    return backends.load_backend("deform_conv2d", "triton").residual_forward(*arguments)
 
 
-@torch.library.impl("glmamba::predicted_deform_conv2d_backward", "cuda")
-def _triton_predicted_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.load_backend("deform_conv2d", "triton").predicted_backward(*arguments)
+@torch.library.impl("glmamba::deform_residual_backward", "cuda")
+def _triton_residual_backward(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return backends.load_backend("deform_conv2d", "triton").residual_backward(*arguments)
 
 
-@torch.library.register_fake("glmamba::predicted_deform_conv2d")
-def _fake_predicted_forward(
-    input: Tensor, predicted: Tensor, weight: Tensor, shift: Tensor, pad_y: int, pad_x: int
-) -> Tensor:
-    return _fake_forward(input, predicted, weight, None, pad_y, pad_x)
+@torch.library.register_fake("glmamba::deform_residual")
+def _fake_residual_forward(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], *x.shape[2:], x.shape[1])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
+    return out, torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("glmamba::predicted_deform_conv2d_backward")
-def _fake_predicted_backward(
-    grad: Tensor, input: Tensor, predicted: Tensor, weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_input = torch.empty_like(input, memory_format=torch.channels_last)
-    return (
-        grad_input,
-        torch.empty_like(predicted),
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-    )
+@torch.library.register_fake("glmamba::deform_residual_backward")
+def _fake_residual_backward(
+    grad: Tensor, x: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return dx, torch.empty_like(predicted), dweight, torch.empty_like(bias)
 
 
-def _save_predicted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.pad_y, ctx.pad_x = inputs
-    ctx.save_for_backward(*tensors)
+def _save_residual(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, convolved = output
+    ctx.mark_non_differentiable(convolved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, convolved)
 
 
-def _differentiate_predicted(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, predicted, weight, shift = ctx.saved_tensors
-    grad_input, grad_predicted, grad_weight = torch.ops.glmamba.predicted_deform_conv2d_backward.default(
-        grad, input, predicted, weight, shift, ctx.pad_y, ctx.pad_x
-    )
-    return grad_input, grad_predicted, grad_weight, _shift_gradient(grad_predicted, shift), None, None
+def _differentiate_residual(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, ...]:
+    saved = ctx.saved_tensors
+    dx, dpredicted, dweight, dbias = torch.ops.glmamba.deform_residual_backward.default(grad, *saved)
+    shift = saved[4]
+    # Not as a slice, which a MetaTensor with a batch's metadata would take for one of its batch.
+    dshift = dpredicted.sum((0, 2, 3), dtype=torch.float32).narrow(0, 0, shift.shape[0])
+    return dx, dpredicted, dweight, dbias, dshift.to(shift.dtype)
 
 
-def _shift_gradient(grad_predicted: Tensor, shift: Tensor) -> Tensor:
-    return grad_predicted.sum((0, 2, 3), dtype=torch.float32)[: shift.shape[0]].to(shift.dtype)
-
-
-torch.library.register_autograd(
-    "glmamba::predicted_deform_conv2d", _differentiate_predicted, setup_context=_save_predicted
-)
-torch.library.register_autograd("glmamba::predicted_deform_conv2d_backward", _differentiate_twice)
-
-
-class _DeformResidual(torch.autograd.Function):
-    """Both operators, but the residual's gradient is what the gradient of the convolution's input is added to."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, predicted: Tensor, weight: Tensor, shift: Tensor, bias: Tensor) -> Tensor:
-        y = torch.ops.glmamba.predicted_deform_conv2d.default(x, predicted, weight, shift, *_SAME)
-        ctx.save_for_backward(x, predicted, weight, shift, bias, y)
-        return _channels_first(torch.ops.glmamba.bias_silu.default(_channels_last(y), bias, _channels_last(x)))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, predicted, weight, shift, bias, y = ctx.saved_tensors
-        dy, dbias = torch.ops.glmamba.bias_silu_backward.default(_channels_last(grad), _channels_last(y), bias)
-        dx, dpredicted, dweight = torch.ops.glmamba.predicted_deform_conv2d_backward.default(
-            _channels_first(dy), x, predicted, weight, shift, *_SAME, grad
-        )
-        return dx, dpredicted, dweight, _shift_gradient(dpredicted, shift), dbias
-
-
-_SAME = (1, 1)  # padding of a 3x3 kernel
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
+torch.library.register_autograd("glmamba::deform_residual", _differentiate_residual, setup_context=_save_residual)
+torch.library.register_autograd("glmamba::deform_residual_backward", _differentiate_twice)
 
 
 def _triton_deform_residual(
@@ -588,7 +547,7 @@ def _triton_deform_residual(
     dtype = x.dtype
     x, predicted, weight = (backends.for_triton(t) for t in (x, predicted, weight))
     shift = predicted.new_zeros(27) if predicted_bias is None else predicted_bias
-    return _DeformResidual.apply(x, predicted, weight, shift, bias).to(dtype)
+    return torch.ops.glmamba.deform_residual.default(x, predicted, weight, bias, shift)[0].to(dtype)
 
 
 def _native_deform(

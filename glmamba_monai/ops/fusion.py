@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glmamba_monai.ops import backends
+from glmamba_monai.ops.shapes import check_shape
 
 __all__ = ["fuse_modalities"]
 
@@ -59,11 +60,11 @@ def fuse_modalities(
     Source: GLMamba, eqs 6-11.
     """
     channels = low_resolution.shape[-1]
-    _check_shape("reference", reference, low_resolution.shape)
-    _check_shape("complement_weight", complement_weight, [2, 2 * channels])
-    _check_shape("complement_bias", complement_bias, [2])
-    _check_shape("mixture_weight", mixture_weight, [3, 3 * channels])
-    _check_shape("mixture_bias", mixture_bias, [3])
+    check_shape("reference", reference, list(low_resolution.shape), "low_resolution")
+    check_shape("complement_weight", complement_weight, [2, 2 * channels], "low_resolution")
+    check_shape("complement_bias", complement_bias, [2], "low_resolution")
+    check_shape("mixture_weight", mixture_weight, [3, 3 * channels], "low_resolution")
+    check_shape("mixture_bias", mixture_bias, [3], "low_resolution")
     inputs = (low_resolution, reference, complement_weight, complement_bias, mixture_weight, mixture_bias)
     if low_resolution.is_meta:
         return _fuse(*inputs)
@@ -74,11 +75,6 @@ def fuse_modalities(
             return torch.ops.glmamba.fuse_modalities(*inputs)[0]
         with torch.autocast(low_resolution.device.type, enabled=False):
             return _fuse(*inputs)
-
-
-def _check_shape(name: str, tensor: Tensor, expected: list[int]) -> None:
-    if list(tensor.shape) != list(expected):
-        raise ValueError(f"{name}: found shape {list(tensor.shape)}, expected {list(expected)} (from low_resolution)")
 
 
 def _fuse(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glmamba_monai.ops import backends
+from glmamba_monai.ops.shapes import check_shape
 
 __all__ = ["selective_scan"]
 
@@ -86,19 +87,14 @@ def _check_shapes(
     k, n = B.shape[1], B.shape[2]
     if k < 1 or kd % k != 0:
         raise ValueError(f"B: found {k} directions, expected a divisor of the {kd} channels of u")
-    _check_shape("delta", delta, [b, kd, length])
-    _check_shape("A", A, [kd, n])
-    _check_shape("B", B, [b, k, n, length])
-    _check_shape("C", C, [b, k, n, length])
+    check_shape("delta", delta, [b, kd, length], "u and B")
+    check_shape("A", A, [kd, n], "u and B")
+    check_shape("B", B, [b, k, n, length], "u and B")
+    check_shape("C", C, [b, k, n, length], "u and B")
     if D is not None:
-        _check_shape("D", D, [kd])
+        check_shape("D", D, [kd], "u and B")
     if delta_bias is not None:
-        _check_shape("delta_bias", delta_bias, [kd])
-
-
-def _check_shape(name: str, tensor: Tensor, expected: list[int]) -> None:
-    if list(tensor.shape) != expected:
-        raise ValueError(f"{name}: found shape {list(tensor.shape)}, expected {expected} (from u and B)")
+        check_shape("delta_bias", delta_bias, [kd], "u and B")
 
 
 # --- backend "torch" ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from glmamba_monai.ops import backends, native
 from glmamba_monai.ops.selective_scan import selective_scan
+from glmamba_monai.ops.shapes import check_shape
 
 __all__ = ["projected_ss2d_scan", "ss2d_scan"]
 
@@ -83,17 +84,12 @@ def _check_shapes(
     if local and (height % 2 != 0 or width % 2 != 0):
         raise ValueError(f"u: found a map of {height} x {width}, expected even sides to cut it into quadrants")
     states = A.shape[2]
-    _check_shape("delta", delta, [batch, height, width, 4, channels])
-    _check_shape("A", A, [4, channels, states])
-    _check_shape("B", B, [batch, height, width, 4, states])
-    _check_shape("C", C, [batch, height, width, 4, states])
-    _check_shape("D", D, [4, channels])
-    _check_shape("delta_bias", delta_bias, [4, channels])
-
-
-def _check_shape(name: str, tensor: Tensor, expected: list[int]) -> None:
-    if list(tensor.shape) != expected:
-        raise ValueError(f"{name}: found shape {list(tensor.shape)}, expected {expected} (from u and A)")
+    check_shape("delta", delta, [batch, height, width, 4, channels], "u and A")
+    check_shape("A", A, [4, channels, states], "u and A")
+    check_shape("B", B, [batch, height, width, 4, states], "u and A")
+    check_shape("C", C, [batch, height, width, 4, states], "u and A")
+    check_shape("D", D, [4, channels], "u and A")
+    check_shape("delta_bias", delta_bias, [4, channels], "u and A")
 
 
 # --- backends "torch" and "mamba_ssm": four sequences, prepared in memory -----------------------------------------
@@ -330,8 +326,8 @@ def projected_ss2d_scan(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`ss2d_scan`.
     """
-    _check_shape("dt", dt, [u.shape[0], u.shape[1], u.shape[2], 4, dt_proj.shape[-1]])
-    _check_shape("dt_proj", dt_proj, [4, u.shape[3], dt.shape[-1]])
+    check_shape("dt", dt, [u.shape[0], u.shape[1], u.shape[2], 4, dt_proj.shape[-1]], "u and A")
+    check_shape("dt_proj", dt_proj, [4, u.shape[3], dt.shape[-1]], "u and A")
     if torch.jit.is_scripting():
         return ss2d_scan(u, _project(dt, dt_proj), A, B, C, D, delta_bias, local, backend)
     else:  # TorchScript compiles one branch only

@@ -82,7 +82,8 @@ def _attention_kernel(
     total = _sum_of_rows(partial + image * programs * channels, programs, channels, channels, SUMMED, CHANNELS)
     mean = tl.where(d < channels, total / pixels + _bias(bias, channels, HAS_BIAS, CHANNELS), 0.0)
     w = _matrix(squeeze_weight, narrow, channels, NARROW, CHANNELS)
-    h = tl.maximum(tl.sum(w * mean[None, :], 1) + _row(squeeze_bias, narrow, NARROW), 0.0)
+    h = tl.sum(w * mean[None, :], 1) + _row(squeeze_bias, narrow, NARROW)
+    h = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)  # so that a NaN shows
     w = _matrix(excite_weight, channels, narrow, CHANNELS, NARROW)
     a = tl.sigmoid(tl.sum(w * h[None, :], 1) + _row(excite_bias, channels, CHANNELS))
     tl.store(pooled + image * channels + d, mean, mask=d < channels)
@@ -221,7 +222,7 @@ def attend_channels_forward(
     pooled, squeezed, attention = (launch.rows(y, n) for n in (launch.channels, launch.narrow, launch.channels))
     given = excite_bias if bias is None else bias
     parameters = [p.float().contiguous() for p in (given, squeeze_weight, squeeze_bias, excite_weight, excite_bias)]
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         with torch.cuda.device_of(x):
             _pool_kernel[(launch.batch * launch.programs,)](y, partial, *shape, launch.programs, **launch.constants)
@@ -257,7 +258,7 @@ def attend_channels_backward(
     shift, gradients = launch.rows(y, channels), launch.rows(y, 2 * channels + narrow + 2 * channels * narrow)
     given = (attention if bias is None else bias).float().contiguous()
     weights = [w.float().contiguous() for w in (squeeze_weight, excite_weight)]
-    dy = torch.empty_like(y)
+    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if y.numel():
         with torch.cuda.device_of(y):
             _sums_backward_kernel[(launch.batch * launch.programs,)](
@@ -273,4 +274,6 @@ def attend_channels_backward(
             _map_backward_kernel[(launch.batch * launch.tiles,)](
                 dout, attention, shift, dy, launch.pixels, channels, launch.tiles, **launch.constants
             )
+    else:
+        gradients.zero_()
     return dy, gradients.sum(0)

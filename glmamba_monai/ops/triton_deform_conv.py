@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["backward", "forward", "predicted_backward", "predicted_forward"]
+from glmamba_monai.ops.triton_pointwise import bias_silu_backward, bias_silu_forward
+
+__all__ = ["backward", "forward", "residual_backward", "residual_forward"]
 
 
 class Launch(NamedTuple):
@@ -240,7 +242,8 @@ def _samples_backward_kernel(
     PREDICTED: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, DEPTH: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, offset and mask; dy (B, H_out, W_out, N), weight (taps, C, N), dx float32 zeros (B, H, W, C).
+    """Gradients of x, offset and mask; dy (B, H_out, W_out, N), weight (taps, C, N), dx (B, H, W, C) float32, what
+    is added to.
 
     One program: a tile, all taps, all channels, `DEPTH` at a time.
     """
@@ -470,40 +473,34 @@ def backward(
     return grad_input.to(input.dtype), grad_offset, grad_weight.to(weight.dtype).contiguous(), grad_mask
 
 
-def predicted_forward(
-    input: Tensor, predicted: Tensor, weight: Tensor, shift: Tensor, pad_y: int, pad_x: int
-) -> Tensor:
-    """`forward` of offsets and logits of masks that are parts of one map.
+def residual_forward(
+    x: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :func:`glmamba_monai.ops.deform_residual`; `shift` is its `predicted_bias`.
 
-    Args:
-        input: see `forward`.
-        predicted: `(B, 3*kh*kw or more, H_out, W_out)`: offsets, logits, and channels that are not read.
-        weight: see `forward`.
-        shift: `(3*kh*kw,)`, added to the map in float32.
-        pad_y: see `forward`.
-        pad_x: see `forward`.
+    Returns:
+        The result, and the convolution before bias and SiLU, both channels last.
     """
     offset, logits = _parts(predicted, shift)
-    return forward(input, offset, weight, logits, pad_y, pad_x, None, shift)
+    convolved = forward(x, offset, weight, logits, 1, 1, None, shift)
+    out = bias_silu_forward(convolved.permute(0, 2, 3, 1), bias, x.permute(0, 2, 3, 1))
+    return out.permute(0, 3, 1, 2), convolved
 
 
-def predicted_backward(
-    grad: Tensor,
-    input: Tensor,
-    predicted: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    pad_y: int,
-    pad_x: int,
-    beside: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, predicted and weight, see `backward`."""
+def residual_backward(
+    grad: Tensor, x: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, convolved: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, predicted, weight and bias; that of `shift` is predicted's, summed over images and positions."""
+    dconvolved, dbias = bias_silu_backward(grad.permute(0, 2, 3, 1), convolved.permute(0, 2, 3, 1), bias)
     offset, logits = _parts(predicted, shift)
-    grad_predicted = torch.empty_like(predicted)
-    grad_predicted[:, shift.shape[0] :] = 0
-    into = _parts(grad_predicted, shift)
-    grad_input, _, grad_weight, _ = backward(grad, input, offset, weight, logits, pad_y, pad_x, shift, into, beside)
-    return grad_input, grad_predicted, grad_weight
+    dpredicted = torch.empty_like(predicted)
+    dpredicted[:, shift.shape[0] :] = 0
+    dx, _, dweight, _ = backward(
+        *(dconvolved.permute(0, 3, 1, 2), x, offset, weight, logits, 1, 1, shift),
+        into=_parts(dpredicted, shift),
+        beside=grad,
+    )
+    return dx, dpredicted, dweight, dbias
 
 
 def _parts(predicted: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
