@@ -25,6 +25,7 @@ from glmamba_monai.ops import (
     norm_gate,
     pixels_in_place,
     projected_ss2d_scan,
+    side_by_side,
 )
 
 K = 4  # left to right, top to bottom, and both reversed
@@ -487,12 +488,17 @@ class GLMamba(nn.Module):
         # Channels last from here on: cuDNN's first convolutions are slow otherwise, and their results want a copy.
         x = x.contiguous(memory_format=torch.channels_last)
         upsampled, reference = x[:, 0:1], x[:, 1:2]
-        features = self.lr_branch(x if self.guided else upsampled)
-        reconstruction = reference
+        seen = x if self.guided else upsampled
         if self.ref_branch is not None and self.ref_head is not None and self.fusion is not None:
-            ref_features = self.ref_branch(reference)
+            if torch.jit.is_scripting():
+                features, ref_features = self.lr_branch(seen), self.ref_branch(reference)
+            else:
+                features, ref_features = side_by_side(self.lr_branch, seen, self.ref_branch, reference)
             features = self.fusion(features, ref_features)
             reconstruction = self.ref_head(ref_features)
+        else:
+            features = self.lr_branch(seen)
+            reconstruction = reference
         output = torch.cat((upsampled + self.lr_head(features), reconstruction.to(x.dtype)), dim=1)
         return output[:, :, :height, :width]
 

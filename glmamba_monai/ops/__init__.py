@@ -8,6 +8,7 @@ from glmamba_monai.ops.memory import keep_freed_memory
 from glmamba_monai.ops.pointwise import bias_silu, modulate, norm_gate, pixels_in_place
 from glmamba_monai.ops.selective_scan import selective_scan
 from glmamba_monai.ops.ss2d import projected_ss2d_scan, ss2d_scan
+from glmamba_monai.ops.streams import side_by_side
 
 __all__ = [
     "attend_channels",
@@ -24,5 +25,6 @@ __all__ = [
     "projected_ss2d_scan",
     "require_backends",
     "selective_scan",
+    "side_by_side",
     "ss2d_scan",
 ]

@@ -404,6 +404,8 @@ def _scanned(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> tuple[Tensor, T
 
 def _project_backward(ddelta: Tensor, dt: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `dt` and `dt_proj` from that of `delta`."""
+    if ddelta.is_cuda and ddelta.dtype != torch.float32:  # in float32 it brings nothing (docs/performance.md)
+        return importlib.import_module("glmamba_monai.ops.triton_time_step").time_step_backward(ddelta, dt, dt_proj)
     if ddelta.is_cuda:
         ddelta = ddelta.permute(3, 0, 1, 2, 4)  # (K, B, H, W, D)
         ddt = torch.matmul(ddelta, dt_proj.to(ddelta.dtype)[:, None, None]).permute(1, 2, 3, 0, 4)
