@@ -514,6 +514,24 @@ def test_compiled_on_cuda_equals_eager_with_all_gradients():
         assert_close(value_and_gradients(compiled, inputs), value_and_gradients(module, inputs), 1e-5, 1e-4)
 
 
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_projected_scan_compiled_on_cuda_equals_eager(dtype):
+    torch.compiler.reset()
+    shapes = [(2, 4, 6, 5), (2, 4, 6, 4, 3), (4, 5, 3), (4, 5, 2), (2, 4, 6, 4, 2), (2, 4, 6, 4, 2), (4, 5), (4, 5)]
+    inputs = [torch.randn(*shape, device="cuda") for shape in shapes]
+    inputs[3] = -torch.exp(inputs[3])
+    inputs = [x.to(dtype) if i in (0, 1, 4, 5) else x for i, x in enumerate(inputs)]
+    found = []
+    for scan in (torch.compile(projected_ss2d_scan, fullgraph=True, backend="aot_eager"), projected_ss2d_scan):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y = scan(*leaves)
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaves)))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2  # some gradients are summed atomically, then rounded
+    for x, e in zip(*found, strict=True):
+        torch.testing.assert_close(x, e, rtol=tolerance, atol=tolerance * float(e.abs().max()))
+
+
 @pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_native), "torch"])
 def test_the_projected_scan_is_the_scan_of_the_projection(backend):
     g = torch.Generator().manual_seed(0)

@@ -6,11 +6,16 @@ from torch import nn
 
 from glmamba_monai.networks import build_network
 from glmamba_monai.networks import glmamba as module
-from glmamba_monai.ops import side_by_side
+from glmamba_monai.ops import forgo_streams, side_by_side, streams
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TINY = {"channels": 8, "n_mamba": 1, "n_deform": 1, "d_state": 2, "attention_reduction": 4, "mix_channels": 4}
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _not_forgone(monkeypatch):
+    monkeypatch.setattr(streams, "_forgone", False)
 
 
 def one_after_the_other(first, a, second, b):
@@ -31,42 +36,68 @@ def test_an_error_passes_through_and_the_next_call_works(device, failing):
         raise RuntimeError("no such thing")
 
     x = torch.rand(3, device=device)
+    before = torch.cuda.current_stream() if device == "cuda" else None
     pieces = [torch.sin, torch.sin]
     pieces[failing] = fails
     with pytest.raises(RuntimeError, match="no such thing"):
         side_by_side(pieces[0], x, pieces[1], x)
     if device == "cuda":
-        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert torch.cuda.current_stream() == before
     assert torch.equal(side_by_side(torch.sin, x, torch.cos, x)[1], torch.cos(x))
 
 
 @needs_gpu
-def test_what_is_freed_meanwhile_is_not_written_over():
-    """The second piece is slow, and both throw away what they read and make other things of the same size."""
+def test_forgone_streams_are_not_used(monkeypatch):
+    forgo_streams()
+    monkeypatch.setattr(torch.cuda, "stream", None)
+    x = torch.rand(3, device="cuda")
+    assert torch.equal(side_by_side(torch.sin, x, torch.cos, x)[1], torch.cos(x))
 
-    class Piece(nn.Module):
-        def __init__(self, products):
-            super().__init__()
-            self.weight, self.products = nn.Parameter(torch.eye(1024)), products
 
-        def forward(self, x):
-            for _ in range(self.products):
-                x = x @ self.weight
-            return x
+class Products(nn.Module):
+    """So many products with one matrix, which keep what they multiply for their gradients."""
 
-    slow, quick = Piece(40).cuda(), Piece(1).cuda()
+    def __init__(self, number):
+        super().__init__()
+        self.weight, self.number = nn.Parameter(torch.eye(1024)), number
+
+    def forward(self, x):
+        for _ in range(self.number):
+            x = x @ self.weight
+        return x
+
+
+@needs_gpu
+def test_results_wait_for_each_other():
+    slow, quick = Products(40).cuda(), Products(1).cuda()
     for i in range(20):
         x = torch.full((1024, 1024), float(i), device="cuda", requires_grad=True)
         of_quick, of_slow = side_by_side(quick, x * 1, slow, x * 2)
-        other = torch.full_like(of_quick, torch.nan)  # takes the place of whatever has been freed
         result = of_quick + of_slow
-        del of_quick, of_slow, other
-        spoiled = torch.full_like(result, torch.nan)
         result.sum().backward()
-        del spoiled
         assert torch.all(result == 3 * i) and torch.all(x.grad == 3)
-        assert torch.allclose(slow.weight.grad, slow.weight.grad[:1, :1].expand_as(slow.weight.grad))
-        slow.zero_grad()
+
+
+@needs_gpu
+def test_what_is_freed_meanwhile_is_not_written_over():
+    """Two passes, one backward pass: the second one's input is freed while the slow piece has yet to read it, and the
+    first one's gradients are made at once."""
+    slow, quick = Products(40).cuda(), Products(1).cuda()
+
+    def gradients(run):
+        for piece in (slow, quick):
+            piece.zero_grad()
+        results = []
+        for value in (1.0, 2.0):
+            a, b = (torch.full((1024, 1024), value * factor, device="cuda") for factor in (1, 3))
+            results += run(quick, a, slow, b)
+            del a, b
+        sum(results).sum().backward()
+        return slow.weight.grad.clone(), quick.weight.grad.clone()
+
+    expected = gradients(one_after_the_other)
+    for _ in range(20):
+        assert all(torch.equal(x, e) for x, e in zip(gradients(side_by_side), expected, strict=True))
 
 
 @needs_gpu

@@ -12,9 +12,16 @@ from glmamba_monai.engines import GradientLimit, GraphInferer, SliceTrainer
 from glmamba_monai.engines.plan import training_plan
 from glmamba_monai.engines.trainer import _captured
 from glmamba_monai.networks import build_network
+from glmamba_monai.ops import streams
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TINY = {"channels": 8, "n_mamba": 1, "n_deform": 1, "d_state": 2, "attention_reduction": 4, "mix_channels": 4}
+
+
+@pytest.fixture(autouse=True)
+def _no_streams_forgone(monkeypatch):
+    """A capture that fails here shall not change what the tests after it run."""
+    monkeypatch.setattr(streams, "_forgone", False)
 
 
 def losses_of_training(network, inferer, batches, autocast=False):
@@ -98,6 +105,7 @@ def test_nothing_is_collected_during_a_capture(monkeypatch, fails, before):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
     _captured(nn.Conv2d(2, 2, 3), torch.rand(1, 2, 8, 8))
     assert collecting == ["collected", "off", "captured"] + ["on"] * before
+    assert streams._forgone == fails
 
 
 def test_on_a_cpu_the_network_runs_as_it_is():
@@ -138,5 +146,6 @@ def test_what_cannot_be_captured_runs_as_it_is(caplog):
             return super().forward(x) * float(x.mean())
 
     network, x = Waits(2, 2, 3).cuda(), torch.rand(1, 2, 8, 8, device="cuda")
+    before = torch.cuda.current_stream()
     assert torch.equal(GraphInferer()(x, network), network(x))
-    assert "cannot be captured" in caplog.text
+    assert "cannot be captured" in caplog.text and torch.cuda.current_stream() == before

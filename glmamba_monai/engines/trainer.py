@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from monai.transforms import Decollated
 from torch import Tensor, nn
 
 from glmamba_monai.engines.evaluation import super_resolved
+from glmamba_monai.ops import expect_other_streams, forgo_streams
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +111,17 @@ class _Alias(nn.Module):
 
 
 def _captured(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
-    # Later backward passes warn of it, but it is meant: a graph's gradients come on the stream of its capture.
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match", UserWarning)
+    expect_other_streams()  # a graph's gradients come on the stream of its capture
     # A graph that the collector frees meanwhile, one of an earlier network, would end the capture.
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        return torch.cuda.make_graphed_callables(_Alias(network), (inputs.clone(),))
+        # A capture that fails would leave its own stream as the current one.
+        with torch.cuda.stream(torch.cuda.current_stream() if inputs.is_cuda else None):
+            return torch.cuda.make_graphed_callables(_Alias(network), (inputs.clone(),))
     except RuntimeError as error:  # an operation that waits for the GPU, for example
+        forgo_streams()
         logger.warning("The network cannot be captured as a CUDA graph and runs as it is: %s", error)
         return network
     finally:

@@ -404,13 +404,8 @@ def _scanned(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> tuple[Tensor, T
 
 def _project_backward(ddelta: Tensor, dt: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `dt` and `dt_proj` from that of `delta`."""
-    if ddelta.is_cuda and ddelta.dtype != torch.float32:  # in float32 it brings nothing (docs/performance.md)
-        return importlib.import_module("glmamba_monai.ops.triton_time_step").time_step_backward(ddelta, dt, dt_proj)
     if ddelta.is_cuda:
-        ddelta = ddelta.permute(3, 0, 1, 2, 4)  # (K, B, H, W, D)
-        ddt = torch.matmul(ddelta, dt_proj.to(ddelta.dtype)[:, None, None]).permute(1, 2, 3, 0, 4)
-        rows = torch.matmul(ddelta.transpose(3, 4), dt.permute(3, 0, 1, 2, 4))  # (K, B, H, D, R), see _project
-        return ddt, rows.float().sum((1, 2))
+        return torch.ops.glmamba.time_step_backward.default(ddelta, dt, dt_proj)
     tokens = ddelta.flatten(3).flatten(0, 2)  # (B H W, K D), as in _scanned
     ddt = torch.mm(tokens, torch.block_diag(*dt_proj)).view(dt.shape)
     every = torch.mm(tokens.t(), dt.flatten(3).flatten(0, 2))  # of every direction with every other
@@ -434,3 +429,27 @@ def _triton_time_step(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> Tensor
 def _fake_time_step(dt: Tensor, dt_proj: Tensor, delta_bias: Tensor) -> Tensor:
     batch, height, width, directions, _ = dt.shape
     return dt.new_empty((directions, batch, height, width, dt_proj.shape[1])).permute(1, 2, 3, 0, 4)
+
+
+torch.library.define(
+    "glmamba::time_step_backward",
+    "(Tensor ddelta, Tensor dt, Tensor dt_proj) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("glmamba::time_step_backward", "cuda")
+def _triton_time_step_backward(ddelta: Tensor, dt: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
+    kernels = importlib.import_module("glmamba_monai.ops.triton_time_step")  # of the scan's backend "triton"
+    # In float32 the kernel brings nothing (docs/performance.md), and its tile has all channels.
+    if ddelta.dtype != torch.float32 and ddelta.shape[-1] <= kernels.MOST_CHANNELS:
+        return kernels.time_step_backward(ddelta, dt, dt_proj)
+    ddelta = ddelta.permute(3, 0, 1, 2, 4)  # (K, B, H, W, D)
+    ddt = torch.matmul(ddelta, dt_proj.to(ddelta.dtype)[:, None, None]).permute(1, 2, 3, 0, 4)
+    rows = torch.matmul(ddelta.transpose(3, 4), dt.permute(3, 0, 1, 2, 4))  # (K, B, H, D, R), see _project
+    return ddt.contiguous(), rows.float().sum((1, 2))
+
+
+@torch.library.register_fake("glmamba::time_step_backward")
+def _fake_time_step_backward(ddelta: Tensor, dt: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
+    return dt.new_empty(dt.shape), dt_proj.new_empty(dt_proj.shape, dtype=torch.float32)

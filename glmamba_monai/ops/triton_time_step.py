@@ -18,6 +18,7 @@ __all__ = ["time_step", "time_step_backward"]
 
 TILE = 4096  # numbers of a tile
 GRADIENT_TOKENS = 32  # of a tile of the gradient, which has all channels
+MOST_CHANNELS = 512  # of such a tile: more do not fit into the shared memory of small cards
 PROGRAMS = 4  # of the gradient's kernel, for each multiprocessor
 SMALLEST_PRODUCT = 16  # side of a matrix that the matrix units take
 
@@ -100,8 +101,8 @@ def _gradient_kernel(
 def time_step_backward(grad: Tensor, dt: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `dt` and `weight` from that of `dt weight^T`, in one pass over it.
 
-    Meant for half precision, which is multiplied as it is; float32 exactly, without the matrix units. Sums are in
-    float32, in an order that does not vary.
+    Meant for half precision: `grad`, and the others rounded to its dtype. Float32 is multiplied exactly, without the
+    matrix units. Sums are in float32, on one device always in the same order.
 
     Args:
         grad: `(B, H, W, K, D)`.
