@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Events
 from torch import nn
 
 from glmamba_monai.engines import GradientLimit, GraphInferer, SliceTrainer
@@ -85,6 +86,42 @@ def test_the_items_of_a_batch_share_its_loss():
     assert items[0]["loss"].item() == pytest.approx(expected)
     for i, item in enumerate(items):
         assert torch.equal(item["image"], batch["image"][i]) and item["pred"].shape == (2, 8, 8)
+
+
+def test_a_network_is_put_into_training_mode_where_it_is_not():
+    network = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Dropout(0.5))
+    modes, train = [], type(network).train
+
+    class Watched(nn.Sequential):
+        def train(self, mode=True):
+            modes.append(mode)
+            return train(self, mode)
+
+    network.__class__ = Watched
+    network.eval()
+    copies = []
+
+    def validate(engine):
+        if engine.state.iteration == 2:
+            network.eval()
+        copies.append(copy.deepcopy(network))
+
+    batch = {"image": torch.rand(1, 2, 8, 8), "label": torch.rand(1, 2, 8, 8)}
+    trainer = SliceTrainer(
+        device=torch.device("cpu"),
+        max_epochs=4,
+        train_data_loader=[batch],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        loss_function=nn.L1Loss(),
+        decollate=False,
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, validate)
+    trainer.run()
+    assert modes == [False, True, False, True]  # set up, the run, the validation, the step after it
+    assert network.training and network[1].training and "train" not in network.__dict__
+    copies[0].eval()  # a copy's mode is its own
+    assert network.training and not copies[0].training and not copies[0][1].training
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -29,7 +29,12 @@ class SliceTrainer(SupervisedTrainer):
 
     def run(self) -> None:
         self.scaler = torch.amp.GradScaler(self.state.device.type, enabled=False) if self.amp else None
-        Workflow.run(self)  # Trainer.run makes its own scaler
+        self.network.train()
+        self.network.__dict__["train"] = _Train(self.network)  # MONAI calls it before every step
+        try:
+            Workflow.run(self)  # Trainer.run makes its own scaler
+        finally:
+            del self.network.__dict__["train"]
 
     def _register_decollate(self) -> None:
         decollate = Decollated(keys=None, detach=False)
@@ -41,6 +46,17 @@ class SliceTrainer(SupervisedTrainer):
             output = {key: value.detach() for key, value in state.output.items()}
             loss = {"loss": output.pop("loss")}  # Decollated would copy it for each item, which takes most of its time
             state.output = [{**item, **loss} for item in decollate(output)]
+
+
+class _Train:
+    """A network's method ``train`` without a walk through all its modules where it is in that mode already."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        network = self.network
+        return network if network.training == mode else type(network).train(network, mode)
 
 
 class GradientLimit:
