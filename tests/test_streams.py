@@ -1,5 +1,7 @@
 """Two pieces of a network at the same time against one after the other."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -44,6 +46,82 @@ def test_an_error_passes_through_and_the_next_call_works(device, failing):
     if device == "cuda":
         assert torch.cuda.current_stream() == before
     assert torch.equal(side_by_side(torch.sin, x, torch.cos, x)[1], torch.cos(x))
+
+
+class OnGPU:
+    """What looks like a tensor on a GPU, and writes down on which streams it is read."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, name, steps):
+        self.name, self.steps = name, steps
+
+    def record_stream(self, stream):
+        self.steps.append(f"{self.name} is read {stream}")
+
+
+class Stream(str):
+    """The name of a stream, which writes down whom it waits for."""
+
+    steps, current = [], ["here"]
+
+    def wait_stream(self, other):
+        self.steps.append(f"{self} waits for {other}")
+
+
+@contextmanager
+def work_on(stream):
+    Stream.current.append(stream)
+    yield
+    Stream.current.pop()
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What is asked of the streams, without a GPU."""
+    monkeypatch.setattr(Stream, "steps", [])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("here"))
+    monkeypatch.setattr(torch.cuda, "stream", work_on)
+    monkeypatch.setattr(streams, "_beside", lambda stream: Stream("beside"))
+    return Stream.steps
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_what_is_done_on_which_stream(steps, used):
+    if not used:
+        forgo_streams()
+
+    def piece(name):
+        def run(argument):
+            steps.append(f"{name} of {argument.name} {Stream.current[-1]}")
+            return OnGPU(name, steps)
+
+        return run
+
+    found = side_by_side(piece("first"), OnGPU("a", steps), piece("second"), OnGPU("b", steps))
+    assert [x.name for x in found] == ["first", "second"]
+    if used:
+        assert steps == [
+            "beside waits for here",
+            "b is read beside",
+            "second of b beside",
+            "first of a here",
+            "here waits for beside",
+            "second is read here",
+        ]
+    else:
+        assert steps == ["first of a here", "second of b here"]
+
+
+def test_streams_are_joined_after_an_error(steps):
+    """The capture of a CUDA graph cannot be ended otherwise."""
+
+    def fails(argument):
+        raise RuntimeError("no memory left")
+
+    with pytest.raises(RuntimeError, match="no memory left"):
+        side_by_side(fails, OnGPU("a", steps), lambda b: b, OnGPU("b", steps))
+    assert steps[-1] == "here waits for beside"
 
 
 @needs_gpu
