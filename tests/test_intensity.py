@@ -45,10 +45,9 @@ def test_default_percentile():
 
 
 def test_volume_beyond_the_limit_of_torch_quantile():
-    ramp = torch.arange(2**24, dtype=torch.float32).flip(0)
-    with pytest.raises(RuntimeError, match="too large"):
-        torch.quantile(torch.cat((ramp, ramp[:1])), 0.999)
-    assert ScaleByPercentile().divisor(ramp) == pytest.approx(0.999 * (2**24 - 1), rel=1e-12)
+    """torch.quantile refuses more numbers than that before torch 2.14."""
+    ramp = torch.arange(2**24 + 1, dtype=torch.float32).flip(0)
+    assert ScaleByPercentile().divisor(ramp) == pytest.approx(0.999 * 2**24, rel=1e-12)
 
 
 def test_tiny_object_falls_back_to_the_maximum():

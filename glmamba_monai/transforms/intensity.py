@@ -61,7 +61,7 @@ class ScaleByPercentile(Transform):
             The percentile (linear interpolation between order statistics), or the maximum where the
             percentile is not positive because the object fills too few voxels.
         """
-        # float64 keeps the rank among millions of voxels exact; torch.quantile refuses more than 16 million
+        # float64 keeps the rank among millions of voxels exact; torch.quantile refuses 16 million before torch 2.14
         values = convert_to_numpy(img).astype(np.float64).ravel()
         if values.size == 0 or not np.isfinite(values).all():
             bad = np.count_nonzero(~np.isfinite(values))
