@@ -88,6 +88,21 @@ def write_checkpoint(path: str | os.PathLike[str], content: Any) -> Path:
     return write_atomically(path, lambda p: torch.save(content, p))
 
 
+def require_another(output: str | os.PathLike[str], **inputs: str | os.PathLike[str]) -> None:
+    """Make sure that writing the output would not destroy what it is made from.
+
+    Args:
+        output: the file to write.
+        inputs: the files that are read, by the names of their arguments.
+
+    Raises:
+        ValueError: the output is one of them.
+    """
+    for name, path in inputs.items():
+        if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
+            raise ValueError(f"output {output}: is the {name} itself, which would be lost; name another file")
+
+
 def require_writable(folder: str | os.PathLike[str]) -> Path:
     """Make the folder and prove that a file can be written into it, before any work is done.
 

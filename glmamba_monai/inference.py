@@ -12,7 +12,7 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from glmamba_monai.bundle import locate_bundle
-from glmamba_monai.files import require_writable, save_volume
+from glmamba_monai.files import require_another, require_writable, save_volume
 from glmamba_monai.formats import require_output, save_result, sd_path, without_ending
 from glmamba_monai.transforms import (
     KSpaceLowResolution,
@@ -76,11 +76,14 @@ def super_resolve(
         the result and its standard deviation, both of this kind.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: a file is missing, does not fit or cannot be written. These are the
+        FileNotFoundError, ValueError, OSError: a file is missing, does not fit, cannot be written or would be written
+            over what it is made from. Those that MONAI meets are the
             causes behind the ``RuntimeError`` that MONAI raises; see :func:`root_cause`.
     """
     root = Path(bundle_root) if bundle_root is not None else Path(locate_bundle(look_at_command_line=False))
     if output is not None:
+        for written in (output, *([sd_path(output)] if self_ensemble else [])):
+            require_another(written, image=image, reference=reference)
         require_output(output, image)
         require_writable(Path(output).absolute().parent)
     workflow = ConfigWorkflow(
@@ -143,6 +146,7 @@ def simulate(
         FileNotFoundError, ValueError, OSError: a file is missing, unfit or cannot be written.
     """
     _require_nifti_name(output)
+    require_another(output, image=image)
     degrade = KSpaceLowResolution(scale, mode=mode, noise_std=noise_std, seed=seed)
     volume = LoadVolume()(image)
     axis = find_slice_axis(volume.affine.numpy(), slice_axis)
@@ -168,6 +172,7 @@ def pair(target: PathLike, reference: PathLike, output: PathLike) -> MetaTensor:
         FileNotFoundError, ValueError, OSError: a file is missing, does not fit or cannot be written.
     """
     _require_nifti_name(output)
+    require_another(output, target=target, reference=reference)
     data = LoadVolumed(["image", "reference"])({"image": target, "reference": reference})
     data[INTERPOLATED_KEY] = sorted(data["image"].shape) == sorted(data["reference"].shape)
     data = MatchReferenced(["image", "reference"])(data)

@@ -299,7 +299,10 @@ def test_each_volume_gets_the_weights_of_its_factor(by_factor, caplog):
     assert by_factor.held == {subject: name for subject, (_, name) in volumes.items()}
     assert by_factor.loaded == ["model_2x.pt", "model_3x.pt", "model.pt", "model_2x.pt"]  # no file twice in a row
     assert loader.path == str(by_factor.folder / "model_2x.pt")
-    said = [record.getMessage() for record in caplog.records if record.name == checkpoint.__name__]
+    of_loader = [record for record in caplog.records if record.name == checkpoint.__name__]
+    warned = [record.getMessage() for record in of_loader if record.levelno == logging.WARNING]
+    assert len(warned) == 1 and warned[0].startswith("d: ") and "factor 2 x 3: " in warned[0]  # not trained for
+    said = [record.getMessage() for record in of_loader if record.levelno == logging.INFO]
     assert said == [
         f"weights of srcnn {how} {by_factor.folder / volumes[subject][1]} for {subject}{words}"
         for subject, how, words in (
@@ -317,6 +320,17 @@ def test_each_volume_gets_the_weights_of_its_factor(by_factor, caplog):
     by_factor.network.load_state_dict(different)  # what has happened between two runs is not known
     by_factor.engine.run([batch_of("a", 2.0, 2.0)])
     assert by_factor.held["a"] == "model_2x.pt" and by_factor.loaded == ["model_2x.pt"]
+
+
+@pytest.mark.parametrize(
+    ("factor", "warns"),
+    [((1, 1), False), ((1.5, 1.5), True), ((1.95, 1.96), False), ((3.5, 3.5), False), ((4.1, 4.1), False),
+     ((6, 6), True), ((2, 2.03), False), ((2, 4), True)],
+)  # fmt: skip
+def test_a_factor_that_no_weights_are_trained_for_is_said(by_factor, caplog, factor, warns):
+    WeightsLoader(by_factor.network, "srcnn", [str(by_factor.folder)]).attach(by_factor.engine)
+    by_factor.engine.run([batch_of("a", *map(float, factor))])
+    assert any("trained for 2 to 4, the same along both axes" in message for message in caplog.messages) == warns
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from glmamba_monai.engines import ResultsWriter, SubjectMetrics, prepare_batch, super_resolved
-from glmamba_monai.engines.evaluation import format_table, summarise, write_results
+from glmamba_monai.engines.evaluation import format_table, over_subjects, summarise, write_results
 from glmamba_monai.metrics import CONVENTIONS, slice_metrics
 from glmamba_monai.transforms import ForegroundLeveld, KSpaceDataConsistency, KSpaceLowResolution
 
@@ -282,6 +282,12 @@ def test_the_table_goes_from_worst_to_best():
     assert len({line.count("|") for line in lines[2:]}) == 1
 
 
+def test_one_subject_has_no_spread():
+    one, two = (make_rows({"zero_filling": values, "net": values}) for values in ([30.0], [30.0, 32.0]))
+    assert format_table(one, "").splitlines()[-1].split("|")[2].strip() == "30.00"
+    assert (over_subjects(one), over_subjects(two, "patients")) == ("", ", mean ± SD over patients")
+
+
 # --- files
 
 
@@ -381,7 +387,7 @@ def test_an_evaluation_writes_and_shows_its_results(tmp_path, make_brain, capsys
     assert metrics["bicubic_ssim"] == pytest.approx(summary["methods"]["bicubic"]["ssim"]["mean"])
     assert summary["methods"]["net"]["psnr"]["sd"] == pytest.approx(np.std(expected["net"], ddof=1), abs=1e-5)
     printed = capsys.readouterr().out
-    assert "Evaluation of 3 subject(s)" in printed and str(tmp_path / "metrics.csv") in printed
+    assert "Evaluation of 3 subjects, mean" in printed and str(tmp_path / "metrics.csv") in printed
 
 
 @pytest.mark.parametrize("spatial", [(8, 9), (8, 9, 3)])

@@ -18,7 +18,7 @@ import glmamba_monai
 from glmamba_monai import simulate, super_resolve
 from glmamba_monai.engines import checkpoint
 from glmamba_monai.files import save_volume
-from glmamba_monai.inference import root_cause
+from glmamba_monai.inference import pair, root_cause
 from glmamba_monai.networks import build_network
 
 BUNDLE = Path(__file__).parent.parent / "bundle"
@@ -298,7 +298,7 @@ def low_resolution(tmp_path, make_subject_folder, scale, name="sub00", shape=(24
 
 
 def said_of_weights(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == checkpoint.__name__]
+    return [r.getMessage() for r in caplog.records if r.name == checkpoint.__name__ and r.levelno == logging.INFO]
 
 
 @pytest.mark.parametrize(
@@ -530,6 +530,28 @@ def test_a_simulation_that_cannot_be_writes_nothing(tmp_path, make_subject_folde
 
 
 # --- errors
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path, make_subject_folder, make_affine):
+    files = make_pair(tmp_path, make_subject_folder, make_affine)
+    link = tmp_path / "link.nii.gz"
+    link.symlink_to(files["t1"])
+    (tmp_path / "t1_sd.nii.gz").hardlink_to(files["t1"])
+    before = files_in(tmp_path)
+    sr = {"scale": 2, "network": "zero_filling"}
+    for name, write in {
+        "image": lambda: super_resolve(files["lr"], files["t1"], files["lr"], **sr),
+        "reference": lambda: super_resolve(files["lr"], files["t1"], link, **sr),
+        "reference itself": lambda: super_resolve(
+            files["lr"], files["t1"], tmp_path / "t1.nii.gz", self_ensemble=True, **sr
+        ),
+        "image itself": lambda: simulate(files["t2"], files["t2"]),
+        "target": lambda: pair(files["lr"], files["t1"], files["lr"]),
+        "reference ": lambda: pair(files["lr"], files["t1"], files["t1"]),
+    }.items():
+        with pytest.raises(ValueError, match=rf"is the {name}.* would be lost; name another file"):
+            write()
+        assert files_in(tmp_path) == before
 
 
 def test_root_cause_is_what_names_the_file():

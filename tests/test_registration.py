@@ -23,7 +23,7 @@ from glmamba_monai.data import ContrastVolume
 from glmamba_monai.data.phantom import make_subject
 from glmamba_monai.registration import Registration, apply, read_transform, register
 from glmamba_monai.transforms import KSpaceLowResolution, LoadVolumed, MatchReferenced, RegisterReferenced
-from glmamba_monai.transforms.volume import foreground
+from glmamba_monai.transforms.volume import find_move, foreground
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 SPACING = 2.5
@@ -208,6 +208,28 @@ def test_a_volume_is_moved_as_scipy_moves_it(make_affine, codes, degrees):
     np.testing.assert_allclose(moved.numpy()[inside], expected[inside], atol=1e-4)
     outside = np.any((at < -0.6) | (at > np.array(data.shape[1:])[:, None] - 0.4), axis=0).reshape(data.shape)
     assert outside.any() and not moved.numpy()[outside].any()
+
+
+def test_between_two_slices_the_way_is_straight():
+    """ITK's splines read beyond the two, whatever lies there."""
+    data = torch.rand(1, 12, 10, 2) + 1
+    volume = MetaTensor(data, affine=torch.diag(torch.tensor([1.0, 1.0, 3.0, 1.0], dtype=torch.float64)))
+    matrix = np.eye(4)
+    matrix[:3, 3] = 1, 0, 0.9  # a pixel, and 0.3 of the way between the slices
+    moved = apply(volume, matrix).as_tensor()
+    expected = 0.7 * data[:, :-1, :, 1] + 0.3 * data[:, :-1, :, 0]
+    assert torch.allclose(moved[:, 1:, :, 1], expected, atol=1e-5) and not moved[:, 0].any()
+
+
+def test_a_turn_that_is_far_for_one_session_is_asked_about(caplog):
+    t1 = phantom()["t1"]
+    t2, centre = phantom()["t2"], head_points(t1).mean(axis=0)
+    for degrees, asked in ((8, True), (3, False)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            found = find_move(resampled(t1, rigid(0, degrees, centre)), t2, True, ("T1", "T2"))
+        assert found.used and found.doubtful == asked and ("are both of one patient?" in caplog.text) == asked
+        assert any(record.levelno == logging.WARNING for record in caplog.records) == asked
 
 
 def test_splines_do_not_fall_below_zero_where_the_volume_does_not():

@@ -22,7 +22,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from glmamba_monai.data.datalist import DATALIST_FILE, Datalist, write_datalist
 from glmamba_monai.files import write_checkpoint
 from glmamba_monai.networks import NETWORKS, build_network, find_network
-from glmamba_monai.transforms.grid import whole_factor
+from glmamba_monai.transforms.augmentation import FACTORS
+from glmamba_monai.transforms.grid import ABOUT, WHOLE, whole_factor
 from glmamba_monai.transforms.volume import FACTOR_KEY
 
 logger = logging.getLogger(__name__)
@@ -191,6 +192,13 @@ def _factor_files(folders: Sequence[str]) -> dict[int, Path]:
     return found
 
 
+def _is_trained(factor: Sequence[float]) -> bool:
+    """Whether the training of weights for all factors draws such factors; 1 is an interpolated volume's, of any."""
+    lowest, highest = min(factor), max(factor)
+    alike = highest - lowest <= WHOLE * highest
+    return alike and (highest == 1 or ((1 - ABOUT) * min(FACTORS) <= lowest and highest <= (1 + ABOUT) * max(FACTORS)))
+
+
 def _factor_name(factor: float | Sequence[float]) -> str:
     return " x ".join(f"{f:.3g}" for f in np.atleast_1d(factor))
 
@@ -272,6 +280,10 @@ class WeightsLoader:
         known = "" if factor is None else f" (factor {_factor_name(factor)})"
         done = "loaded from" if another else "kept, those of"
         logger.info("weights of %s %s %s for %s%s", self.name, done, path, subjects, known)
+        if factor is not None and not _is_trained(factor):
+            usual = f"{min(FACTORS)} to {max(FACTORS)}, the same along both axes"
+            logger.warning("%s: nothing is known of results at the factor %s: the bundle's weights are trained for %s",
+                           subjects, _factor_name(factor), usual)  # fmt: skip
 
 
 class WeightAverage:

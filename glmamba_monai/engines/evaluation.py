@@ -140,9 +140,23 @@ def summarise(rows: Sequence[Row], metrics: Iterable[str] = CONVENTIONS) -> dict
     return summary
 
 
+def _several(rows: Sequence[Row]) -> bool:
+    """Whether the rows are of more than one subject, so that there is a spread."""
+    return len({row["subject"] for row in rows}) > 1
+
+
+def over_subjects(rows: Sequence[Row], which: str = "subjects") -> str:
+    """What a table of these rows says of its figures, for the end of its title."""
+    return f", mean ± SD over {which}" if _several(rows) else ""
+
+
+def _mean(figures: Mapping[str, float], digits: int, with_sd: bool) -> str:
+    return f"{figures['mean']:.{digits}f}" + (f" ± {figures['sd']:.{digits}f}" if with_sd else "")
+
+
 def format_table(rows: Sequence[Row], title: str) -> str:
-    """Mean and SD of PSNR and SSIM as a Markdown table, methods from worst to best PSNR."""
-    summary = summarise(rows)
+    """Mean of PSNR and SSIM, and SD over several subjects, as a Markdown table, methods from worst to best PSNR."""
+    summary, several = summarise(rows), _several(rows)
     best = sorted(summary, key=lambda method: summary[method]["psnr"]["mean"])
     zero_filling = summary["zero_filling"]["psnr"]["mean"]
     lines = [
@@ -154,8 +168,7 @@ def format_table(rows: Sequence[Row], title: str) -> str:
     for method in best:
         psnr, ssim = summary[method]["psnr"], summary[method]["ssim"]
         lines.append(
-            f"| {method} | {psnr['mean']:.2f} ± {psnr['sd']:.2f} | {ssim['mean']:.4f} ± {ssim['sd']:.4f} "
-            f"| {psnr['mean'] - zero_filling:+.2f} |"
+            f"| {method} | {_mean(psnr, 2, several)} | {_mean(ssim, 4, several)} | {psnr['mean'] - zero_filling:+.2f} |"
         )
     return "\n".join(lines)
 
@@ -166,7 +179,7 @@ def with_sd(rows: Sequence[Row]) -> list[Row]:
 
 
 def format_sd_table(rows: Sequence[Row]) -> str:
-    """Mean and SD over subjects of how well the SD of an ensemble tells its error, as a Markdown table."""
+    """Mean, and SD over several subjects, of how well the SD of an ensemble tells its error, as a Markdown table."""
     lines = [
         "SD of the self-ensemble against the absolute error, over foreground voxels",
         "",
@@ -175,7 +188,7 @@ def format_sd_table(rows: Sequence[Row]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method, summary in summarise(with_sd(rows), SD_METRICS).items():
-        cells = [f"{values['mean']:.2f} ± {values['sd']:.2f}" for values in summary.values()]
+        cells = [_mean(values, 2, _several(rows)) for values in summary.values()]
         lines.append(f"| {' | '.join([method, *cells])} |")
     return "\n".join(lines)
 
@@ -226,7 +239,7 @@ class ResultsWriter:
         rows = self.metrics.rows
         write_results(rows, self.output_dir, self.description)
         subjects = len({row["subject"] for row in rows})
-        title = f"Evaluation of {subjects} subject(s), mean ± SD over subjects"
+        title = f"Evaluation of {subjects} subject{'s' * (subjects > 1)}{over_subjects(rows)}"
         tables = [format_table(rows, title), *([format_sd_table(rows)] if with_sd(rows) else [])]
         written = f"written to {Path(self.output_dir) / METRICS_FILE}"
         print("\n" + "\n\n".join([*tables, written]), flush=True)

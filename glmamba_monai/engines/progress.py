@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from glmamba_monai.engines.checkpoint import WEIGHTS_FILE, load_weights
-from glmamba_monai.engines.evaluation import SubjectMetrics, format_table
+from glmamba_monai.engines.evaluation import SubjectMetrics, format_table, over_subjects
 
 
 class LossCurve:
@@ -202,5 +202,6 @@ class FinalTable:
         epoch = self.evaluator.state.best_metric_epoch
         self.evaluator.run(engine.state.epoch)
         if self.show:
-            title = f"Validation with the best weights (epoch {epoch}), mean ± SD over held-out subjects"
-            print(f"\n{format_table(self.metrics.rows, title)}\n\nweights: {self.weights}", flush=True)
+            rows = self.metrics.rows
+            title = f"Validation with the best weights (epoch {epoch}){over_subjects(rows, 'held-out subjects')}"
+            print(f"\n{format_table(rows, title)}\n\nweights: {self.weights}", flush=True)

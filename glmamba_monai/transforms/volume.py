@@ -214,12 +214,14 @@ def find_move(
     if not asked and found.used and found.move < CLEAR_MOVE:
         reason = f"they lie {found.move:.2f} mm apart, which --register True would mend"
         found = dataclasses.replace(found, matrix=np.eye(4), used=False, reason=reason)
-    level = logging.WARNING if tell or found.failed or (found.used and not asked) else logging.INFO
+    warned = tell or found.failed or found.doubtful or (found.used and not asked)
+    level = logging.WARNING if warned else logging.INFO
     pair = f"{names[0]} onto {names[1]}"
     if found.used:
         moved = f"moved by {found.move:.2f} mm and {found.degrees:.2f} degrees ({found.kind})"
         gain = f"mutual information {found.after:.3f}, was {found.before:.3f}"
-        logger.log(level, "registered %s: %s, %s", pair, moved, gain)
+        doubt = "; that is far for one session: are both of one patient?" if found.doubtful else ""
+        logger.log(level, "registered %s: %s, %s%s", pair, moved, gain, doubt)
     else:
         logger.log(level, "not registered %s: %s; it stays where it is", pair, found.reason)
     return found
