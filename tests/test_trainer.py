@@ -50,17 +50,22 @@ def test_a_short_training_has_a_short_warm_up(steps, expected):
     assert training_plan("a data set").warmup(steps) == expected
 
 
-def step(network, batch, **options):
-    """The trainer after one step of SGD with rate 1."""
-    trainer = SliceTrainer(
+def trainer_of(network, batch, epochs=1, **options):
+    """SGD with rate 1, a step an epoch."""
+    return SliceTrainer(
         device=torch.device("cpu"),
-        max_epochs=1,
+        max_epochs=epochs,
         train_data_loader=[batch],
         network=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
         loss_function=nn.L1Loss(),
         **options,
     )
+
+
+def step(network, batch, **options):
+    """The trainer after one step."""
+    trainer = trainer_of(network, batch, **options)
     trainer.run()
     return trainer
 
@@ -107,15 +112,7 @@ def test_a_network_is_put_into_training_mode_where_it_is_not():
         copies.append(copy.deepcopy(network))
 
     batch = {"image": torch.rand(1, 2, 8, 8), "label": torch.rand(1, 2, 8, 8)}
-    trainer = SliceTrainer(
-        device=torch.device("cpu"),
-        max_epochs=4,
-        train_data_loader=[batch],
-        network=network,
-        optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
-        loss_function=nn.L1Loss(),
-        decollate=False,
-    )
+    trainer = trainer_of(network, batch, epochs=4, decollate=False)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, validate)
     trainer.run()
     assert modes == [False, True, False, True]  # set up, the run, the validation, the step after it
