@@ -82,9 +82,9 @@ def super_resolve(
     """
     root = Path(bundle_root) if bundle_root is not None else Path(locate_bundle(look_at_command_line=False))
     if output is not None:
+        require_output(output, image)
         for written in (output, *([sd_path(output)] if self_ensemble else [])):
             require_another(written, image=image, reference=reference)
-        require_output(output, image)
         require_writable(Path(output).absolute().parent)
     workflow = ConfigWorkflow(
         config_file=str(root / "configs" / "inference.json"),
