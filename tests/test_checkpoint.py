@@ -301,7 +301,7 @@ def test_each_volume_gets_the_weights_of_its_factor(by_factor, caplog):
     assert loader.path == str(by_factor.folder / "model_2x.pt")
     of_loader = [record for record in caplog.records if record.name == checkpoint.__name__]
     warned = [record.getMessage() for record in of_loader if record.levelno == logging.WARNING]
-    assert len(warned) == 1 and warned[0].startswith("d: ") and "factor 2 x 3: " in warned[0]  # not trained for
+    assert len(warned) == 1 and warned[0].startswith("d: ") and "the factor is 2 x 3; " in warned[0]  # not trained for
     said = [record.getMessage() for record in of_loader if record.levelno == logging.INFO]
     assert said == [
         f"weights of srcnn {how} {by_factor.folder / volumes[subject][1]} for {subject}{words}"
@@ -325,10 +325,11 @@ def test_each_volume_gets_the_weights_of_its_factor(by_factor, caplog):
 @pytest.mark.parametrize(
     ("factor", "warns"),
     [((1, 1), False), ((1.5, 1.5), True), ((1.95, 1.96), False), ((3.5, 3.5), False), ((4.1, 4.1), False),
-     ((6, 6), True), ((2, 2.03), False), ((2, 4), True)],
+     ((5, 5), False), ((6, 6), True), ((2, 2.03), False), ((2, 4), True)],
 )  # fmt: skip
 def test_a_factor_that_no_weights_are_trained_for_is_said(by_factor, caplog, factor, warns):
     WeightsLoader(by_factor.network, "srcnn", [str(by_factor.folder)]).attach(by_factor.engine)
+    (by_factor.folder / "model_5x.pt").symlink_to("model_3x.pt")  # somebody's own, for 5 alone
     by_factor.engine.run([batch_of("a", *map(float, factor))])
     assert any("trained for 2 to 4, the same along both axes" in message for message in caplog.messages) == warns
 

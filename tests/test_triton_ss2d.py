@@ -214,7 +214,6 @@ def test_the_time_step(shape, dtype, monkeypatch):
 @pytest.mark.parametrize("outermost", [True, False])  # the directions, as the time step has them
 def test_the_gradients_of_the_time_step(shape, dtype, outermost, monkeypatch):
     monkeypatch.setattr(triton_time_step, "PROGRAMS", 4 if INTERPRETED else 1)  # of several tiles each
-    monkeypatch.setattr(triton_time_step, "GRADIENT_TOKENS", 16 if ON_GPU else 32)
     *maps, channels, rank = shape
     generator = torch.Generator().manual_seed(0)
     grad = torch.randn(4, *maps, channels, generator=generator).to(dtype).permute(1, 2, 3, 0, 4)

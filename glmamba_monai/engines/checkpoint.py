@@ -280,10 +280,11 @@ class WeightsLoader:
         known = "" if factor is None else f" (factor {_factor_name(factor)})"
         done = "loaded from" if another else "kept, those of"
         logger.info("weights of %s %s %s for %s%s", self.name, done, path, subjects, known)
-        if factor is not None and not _is_trained(factor):
-            usual = f"{min(FACTORS)} to {max(FACTORS)}, the same along both axes"
-            logger.warning("%s: nothing is known of results at the factor %s: the bundle's weights are trained for %s",
-                           subjects, _factor_name(factor), usual)  # fmt: skip
+        if factor is not None and Path(path).name == WEIGHTS_FILE and not _is_trained(factor):
+            logger.warning(
+                f"{subjects}: the factor is {_factor_name(factor)}; the bundle's weights are trained for "
+                f"{min(FACTORS)} to {max(FACTORS)}, the same along both axes"
+            )
 
 
 class WeightAverage:

@@ -187,8 +187,9 @@ def format_sd_table(rows: Sequence[Row]) -> str:
         "| a perfect map | within 2 SD |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    several = _several(rows)
     for method, summary in summarise(with_sd(rows), SD_METRICS).items():
-        cells = [_mean(values, 2, _several(rows)) for values in summary.values()]
+        cells = [_mean(values, 2, several) for values in summary.values()]
         lines.append(f"| {' | '.join([method, *cells])} |")
     return "\n".join(lines)
 
