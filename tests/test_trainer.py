@@ -1,7 +1,6 @@
-"""The CUDA graphs of the training against the network as it is."""
+"""The training loop."""
 
 import copy
-import gc
 from pathlib import Path
 
 import pytest
@@ -9,33 +8,8 @@ import torch
 from ignite.engine import Events
 from torch import nn
 
-from glmamba_monai.engines import GradientLimit, GraphInferer, SliceTrainer
+from glmamba_monai.engines import GradientLimit, SliceTrainer
 from glmamba_monai.engines.plan import training_plan
-from glmamba_monai.engines.trainer import _captured
-from glmamba_monai.networks import build_network
-from glmamba_monai.ops import streams
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-TINY = {"channels": 8, "n_mamba": 1, "n_deform": 1, "d_state": 2, "attention_reduction": 4, "mix_channels": 4}
-
-
-@pytest.fixture(autouse=True)
-def _no_streams_forgone(monkeypatch):
-    """A capture that fails here shall not change what the tests after it run."""
-    monkeypatch.setattr(streams, "_forgone", False)
-
-
-def losses_of_training(network, inferer, batches, autocast=False):
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-    losses = []
-    for x in batches:
-        optimizer.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-            loss = (inferer(x, network) - 1).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def test_the_readme_names_the_default_length():
@@ -119,67 +93,3 @@ def test_a_network_is_put_into_training_mode_where_it_is_not():
     assert network.training and network[1].training and "train" not in network.__dict__
     copies[0].eval()  # a copy's mode is its own
     assert network.training and not copies[0].training and not copies[0][1].training
-
-
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("before", [False, True])
-def test_nothing_is_collected_during_a_capture(monkeypatch, fails, before):
-    collecting = []
-    monkeypatch.setattr(gc, "collect", lambda: collecting.append("collected"))
-    monkeypatch.setattr(gc, "isenabled", lambda: before)
-    monkeypatch.setattr(gc, "disable", lambda: collecting.append("off"))
-    monkeypatch.setattr(gc, "enable", lambda: collecting.append("on"))
-
-    def capture(network, inputs):
-        collecting.append("captured")
-        if fails:
-            raise RuntimeError("it waits for the GPU")
-        return network
-
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
-    _captured(nn.Conv2d(2, 2, 3), torch.rand(1, 2, 8, 8))
-    assert collecting == ["collected", "off", "captured"] + ["on"] * before
-    assert streams._forgone == fails
-
-
-def test_on_a_cpu_the_network_runs_as_it_is():
-    network, x = nn.Conv2d(2, 2, 3), torch.rand(1, 2, 8, 8)
-    inferer = GraphInferer()
-    assert torch.equal(inferer(x, network), network(x)) and not inferer._graphs
-
-
-@needs_gpu
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_training_by_graphs_is_the_training_without(autocast):
-    torch.manual_seed(0)
-    network = build_network("glmamba", **TINY).cuda()
-    sizes = [24, 32, 24, 32, 40, 48, 24]  # more shapes than graphs
-    batches = [torch.rand(2, 2, size, 24, device="cuda") for size in sizes]
-    inferer, other = GraphInferer(), copy.deepcopy(network)
-    found = losses_of_training(network, inferer, batches, autocast)
-    expected = losses_of_training(other, lambda x, network: network(x), batches, autocast)
-    assert len(inferer._graphs) == inferer.MAX_GRAPHS and len({round(x, 6) for x in expected}) == len(sizes)
-    # Some gradients are summed atomically, so the last bits differ between any two runs.
-    assert found == pytest.approx(expected, rel=2e-2 if autocast else 1e-4)
-
-
-@needs_gpu
-def test_validation_runs_the_network_as_it_is():
-    network = build_network("glmamba", **TINY).cuda()
-    inferer, x = GraphInferer(), torch.rand(1, 2, 24, 24, device="cuda")
-    with torch.no_grad():
-        inferer(x, network)
-    inferer(x, network.eval())
-    assert not inferer._graphs
-
-
-@needs_gpu
-def test_what_cannot_be_captured_runs_as_it_is(caplog):
-    class Waits(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(x) * float(x.mean())
-
-    network, x = Waits(2, 2, 3).cuda(), torch.rand(1, 2, 8, 8, device="cuda")
-    before = torch.cuda.current_stream()
-    assert torch.equal(GraphInferer()(x, network), network(x))
-    assert "cannot be captured" in caplog.text and torch.cuda.current_stream() == before

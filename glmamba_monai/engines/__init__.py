@@ -11,10 +11,11 @@ from glmamba_monai.engines.downstream import (
 )
 from glmamba_monai.engines.ensemble import EnsembleMeand, SelfEnsembleInferer
 from glmamba_monai.engines.evaluation import ResultsWriter, SubjectMetrics, prepare_batch, super_resolved
+from glmamba_monai.engines.graphs import GraphInferer
 from glmamba_monai.engines.plan import TrainingPlan, segmentation_plan, trainable_parameters, training_plan
 from glmamba_monai.engines.progress import EpochLine, FinalTable, LossCurve, ValidationPictures
 from glmamba_monai.engines.segmentation import SegmentationLine, SliceDice, mask_items, mask_of, prepare_mask_batch
-from glmamba_monai.engines.trainer import GradientLimit, GraphInferer, SliceTrainer, stacked_items, super_resolved_items
+from glmamba_monai.engines.trainer import GradientLimit, SliceTrainer, stacked_items, super_resolved_items
 
 __all__ = [
     "DownstreamResults",

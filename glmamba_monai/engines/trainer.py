@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.engines import IterationEvents, SupervisedTrainer, Workflow
-from monai.inferers import SimpleInferer
 from monai.transforms import Decollated
-from torch import Tensor, nn
+from torch import nn
 
 from glmamba_monai.engines.evaluation import super_resolved
-from glmamba_monai.ops import expect_other_streams, forgo_streams
-
-logger = logging.getLogger(__name__)
+from glmamba_monai.engines.graphs import flat_gradient
 
 
 class SliceTrainer(SupervisedTrainer):
@@ -78,71 +73,11 @@ class GradientLimit:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Workflow) -> None:
-        nn.utils.clip_grad_norm_(self.parameters, self.longest)
-
-
-class GraphInferer(SimpleInferer):
-    """The network's forward and backward pass as CUDA graphs: one launch each in place of more than a thousand.
-
-    A network is captured once for each shape of batch (and for autocast), the first `MAX_GRAPHS` of them, in training
-    on a CUDA device; it runs as it is in all other cases, under DistributedDataParallel too, and where it cannot be
-    captured. The kernels and their results are the same. A graph keeps its memory.
-    """
-
-    MAX_GRAPHS = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._graphs: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {}
-
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Run the network on ``inputs`` ``(B, 2, H, W)``."""
-        graphed = (
-            inputs.is_cuda
-            and torch.is_grad_enabled()
-            and isinstance(network, nn.Module)
-            and network.training
-            and not isinstance(network, nn.parallel.DistributedDataParallel)
-        )
-        autocast = torch.is_autocast_enabled("cuda")
-        key = (id(network), inputs.shape, inputs.dtype, autocast)
-        if not graphed or (key not in self._graphs and len(self._graphs) >= self.MAX_GRAPHS):
-            return super().__call__(inputs, network, *args, **kwargs)
-        # A cast that is kept between steps would not see the weights change.
-        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=autocast, cache_enabled=False):
-            if key not in self._graphs:
-                self._graphs[key] = _captured(network, inputs)
-            return self._graphs[key](inputs)
-
-
-class _Alias(nn.Module):
-    """A module of its own with another's parameters, since capturing replaces a module's forward method."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)
-
-
-def _captured(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
-    expect_other_streams()  # a graph's gradients come on the stream of its capture
-    # A graph that the collector frees meanwhile, one of an earlier network, would end the capture.
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        # A capture that fails would leave its own stream as the current one.
-        with torch.cuda.stream(torch.cuda.current_stream() if inputs.is_cuda else None):
-            return torch.cuda.make_graphed_callables(_Alias(network), (inputs.clone(),))
-    except RuntimeError as error:  # an operation that waits for the GPU, for example
-        forgo_streams()
-        logger.warning("The network cannot be captured as a CUDA graph and runs as it is: %s", error)
-        return network
-    finally:
-        if collecting:
-            gc.enable()
+        flat = flat_gradient(self.parameters)
+        if flat is None:
+            nn.utils.clip_grad_norm_(self.parameters, self.longest)
+        else:  # the same as one norm and one product in place of one for each parameter
+            flat.mul_((self.longest / (torch.linalg.vector_norm(flat) + 1e-6)).clamp(max=1.0))
 
 
 def super_resolved_items(data: Mapping[str, Any]) -> dict[str, Any]:
