@@ -76,11 +76,19 @@ def captured(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
             return Graphs(network, inputs)
     except RuntimeError as error:  # an operation that waits for the GPU, for example
         forgo_streams()
+        _draw_random_numbers_again(inputs.device)
         logger.warning("The network cannot be captured as a CUDA graph and runs as it is: %s", error)
         return network
     finally:
         if collecting:
             gc.enable()
+
+
+def _draw_random_numbers_again(device: torch.device) -> None:
+    """After a capture that failed torch (2.11 at least) refuses to draw any, as if it were still capturing."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 class Graphs:
