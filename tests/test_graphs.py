@@ -10,7 +10,7 @@ from torch import nn
 from glmamba_monai.engines import GradientLimit, GraphInferer
 from glmamba_monai.engines import graphs as module
 from glmamba_monai.engines.graphs import Graphs, captured, flat_gradient
-from glmamba_monai.networks import build_network
+from glmamba_monai.networks import NETWORKS, build_network
 from glmamba_monai.ops import streams
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -123,6 +123,112 @@ def test_gradients_are_added_to_those_that_are_there(repeated, two_layers, to_no
             run(x).square().mean().backward()
     for found, expected in zip(gradients(two_layers), gradients(other), strict=True):
         assert torch.allclose(found, expected, rtol=1e-6, atol=0)
+    assert flat_gradient(list(two_layers.parameters())) is not None
+
+
+def test_a_gradient_belongs_to_the_last_call(repeated, two_layers):
+    graphs, x = Graphs(two_layers, torch.zeros(4, 2, 8, 8)), batches_of(2)
+    first, second = graphs(x[0]), graphs(x[1])
+    with pytest.raises(RuntimeError, match="once a call, before it is called again"):
+        first.sum().backward()
+    loss = second.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once a call"):
+        loss.backward()
+    graphs(x[0]).sum().backward()
+
+
+@pytest.mark.parametrize("hooked", [0, 1])
+def test_no_hook_of_a_parameter_is_called_for_nothing(repeated, two_layers, hooked):
+    graphs = Graphs(two_layers, torch.zeros(4, 2, 8, 8))
+    (two_layers.first.weight, two_layers.second.weight)[hooked].register_hook(lambda gradient: 2 * gradient)
+    graphs(batches_of(1)[0]).sum().backward()
+
+
+def test_graphs_are_outdated_when_a_parameter_is_frozen_or_moved(repeated, two_layers):
+    graphs = Graphs(two_layers, torch.zeros(4, 2, 8, 8))
+    assert not graphs.outdated()
+    two_layers.first.bias.requires_grad_(True)
+    assert graphs.outdated()
+    two_layers.first.bias.requires_grad_(False)
+    two_layers.load_state_dict(TwoLayers().state_dict())
+    assert not graphs.outdated()
+    two_layers.second.weight.data = two_layers.second.weight.data.clone()
+    assert graphs.outdated()
+
+
+class TwoResults(TwoLayers):
+    def forward(self, x):
+        return x, super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Tanh(),
+        TwoLayers().requires_grad_(False),
+        nn.Sequential(TwoLayers(), nn.Conv2d(1, 1, 1).double()),
+        TwoLayers().to(memory_format=torch.channels_last),
+        TwoResults(),
+    ],
+)
+def test_a_network_that_does_not_suit_runs_as_it_is(repeated, network, caplog):
+    assert captured(network, torch.zeros(4, 2, 8, 8)) is network
+    assert "cannot be captured" in caplog.text
+
+
+def test_all_our_networks_suit():
+    for name in NETWORKS.names:
+        parameters = list(build_network(name).parameters())
+        assert all(p.is_contiguous() and p.dtype == parameters[0].dtype for p in parameters), name
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = True
+
+
+class InParallel(nn.parallel.DistributedDataParallel):
+    def __init__(self, network):
+        nn.Module.__init__(self)
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_which_calls_run_as_graphs(repeated, two_layers, monkeypatch):
+    monkeypatch.setattr(module, "captured", Graphs)
+    inferer, other = GraphInferer(), copy.deepcopy(two_layers)
+    x = torch.rand(4, 2, 8, 8).as_subclass(OnGPU)
+
+    def graphs_after(network, x):
+        inferer(x, network)
+        return list(inferer._graphs.values())
+
+    first = graphs_after(two_layers, x)
+    assert len(first) == 1 and graphs_after(two_layers, x) == first
+    for network, inputs in (
+        (two_layers, torch.rand(4, 2, 8, 8)),
+        (two_layers, x.clone().requires_grad_()),
+        (two_layers.forward, x),
+        (InParallel(two_layers), x),
+        (copy.deepcopy(two_layers).eval(), x),
+    ):
+        assert graphs_after(network, inputs) == first
+    with torch.no_grad():
+        assert graphs_after(two_layers, x) == first
+    wants_gradient = x.clone().requires_grad_()
+    inferer(wants_gradient, two_layers).sum().backward()
+    assert wants_gradient.grad.any()
+    assert torch.equal(inferer(x, other), other(x)) and len(inferer._graphs) == 2  # each network its own
+    second = graphs_after(two_layers, x[:2])
+    assert len(second) == 3 and graphs_after(two_layers, x[:3]) == second  # no more than that
+    two_layers.first.bias.requires_grad_(True)
+    third = graphs_after(two_layers, x)
+    assert len(third) == 3 and first[0] not in third
 
 
 def test_the_result_belongs_to_autograd(repeated, two_layers):
@@ -155,12 +261,14 @@ def test_gradients_of_their_own_are_not_one_piece(repeated, two_layers):
 
 
 @pytest.mark.parametrize("longest", [0.01, 1e3])
-def test_the_limit_of_a_gradient_in_one_piece(repeated, two_layers, longest):
+def test_the_limit_of_a_gradient_in_one_piece(repeated, two_layers, longest, monkeypatch):
     other = copy.deepcopy(two_layers)
-    for network, run in ((two_layers, Graphs(two_layers, torch.zeros(4, 2, 8, 8))), (other, other)):
-        run(batches_of(1)[0]).sum().backward()
-        before = [gradient.clone() for gradient in gradients(network)]
-        GradientLimit(network, longest)(None)
+    other(batches_of(1)[0]).sum().backward()
+    before = [gradient.clone() for gradient in gradients(other)]
+    GradientLimit(other, longest)(None)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", None)  # not by that one
+    Graphs(two_layers, torch.zeros(4, 2, 8, 8))(batches_of(1)[0]).sum().backward()
+    GradientLimit(two_layers, longest)(None)
     for found, expected, unlimited in zip(gradients(two_layers), gradients(other), before, strict=True):
         assert torch.allclose(found, expected, rtol=1e-6, atol=0)
         assert torch.equal(expected, unlimited) == (longest > 1)

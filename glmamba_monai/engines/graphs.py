@@ -12,7 +12,7 @@ from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from glmamba_monai.ops import forgo_streams
+from glmamba_monai.ops import expect_other_streams, forgo_streams
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +23,13 @@ class GraphInferer(SimpleInferer):
     """The network's forward and backward pass as CUDA graphs: one launch each in place of more than a thousand.
 
     A network is captured once for each shape of batch (and for autocast), the first `MAX_GRAPHS` of them, in training
-    on a CUDA device; it runs as it is in all other cases, under DistributedDataParallel too, and where it cannot be
-    captured. The kernels and their results are the same. A graph keeps its memory: what the network returns is
-    overwritten by its next call, and the gradients, all parts of one tensor (:func:`flat_gradient`), by the next
-    backward pass, which adds to those that are still there. Hooks of parameters are not called.
+    on a CUDA device, and again when a parameter has been frozen or moved; it runs as it is in all other cases, under
+    DistributedDataParallel too, where its input wants a gradient, and where it cannot be captured. The kernels and
+    their results are the same; the backward pass is recorded under the forward pass's autocast.
+
+    A graph keeps its memory: what the network returns is overwritten by its next call, and the gradients, all parts of
+    one tensor (:func:`flat_gradient`), by the next backward pass, which adds to those that are still there. A backward
+    pass belongs to the last call. Hooks that are given to a parameter after the capture are not called.
     """
 
     MAX_GRAPHS = 3
@@ -39,6 +42,7 @@ class GraphInferer(SimpleInferer):
         """Run the network on ``inputs`` ``(B, 2, H, W)``."""
         graphed = (
             inputs.is_cuda
+            and not inputs.requires_grad
             and torch.is_grad_enabled()
             and isinstance(network, nn.Module)
             and network.training
@@ -50,9 +54,15 @@ class GraphInferer(SimpleInferer):
             return super().__call__(inputs, network, *args, **kwargs)
         # A cast that is kept between steps would not see the weights change.
         with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=autocast, cache_enabled=False):
+            if key in self._graphs and _outdated(self._graphs[key]):
+                del self._graphs[key]  # its memory is free for the next
             if key not in self._graphs:
                 self._graphs[key] = captured(network, inputs)
             return self._graphs[key](inputs)
+
+
+def _outdated(run: Callable[[Tensor], Tensor]) -> bool:
+    return isinstance(run, Graphs) and run.outdated()
 
 
 def flat_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
@@ -66,13 +76,14 @@ def flat_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
 
 def captured(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
     """The network as CUDA graphs for batches like ``inputs``; where that cannot be, the network, with a warning."""
+    expect_other_streams()
     # A graph that the collector frees meanwhile, one of an earlier network, would end the capture.
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         # A capture that fails would leave its own stream as the current one.
-        with torch.cuda.stream(torch.cuda.current_stream() if inputs.is_cuda else None):
+        with torch.cuda.device_of(inputs), torch.cuda.stream(torch.cuda.current_stream() if inputs.is_cuda else None):
             return Graphs(network, inputs)
     except RuntimeError as error:  # an operation that waits for the GPU, for example
         forgo_streams()
@@ -99,25 +110,46 @@ class Graphs:
     one tensor, of which the parameters' ``grad`` are parts.
 
     Args:
-        network: all its parameters that are trained must have a part in its result.
+        network: all its parameters that are trained must have a part in its result, a tensor.
         inputs: `(B, C, H, W)`, a batch like those to come.
+
+    Raises:
+        RuntimeError: the network cannot be captured, or a gradient comes for another call than the last.
     """
 
     def __init__(self, network: nn.Module, inputs: Tensor) -> None:
         self._network = network
         self._inputs = inputs.detach().clone()
-        self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        # Not of the graphs' own memory: there a next forward pass may write where a gradient has been.
-        self._flat = self._parameters[0].new_zeros(sum(parameter.numel() for parameter in self._parameters))
-        pieces = self._flat.split([parameter.numel() for parameter in self._parameters])
-        self._gradients = [piece.view_as(p) for piece, p in zip(pieces, self._parameters, strict=True)]
+        self._all_parameters = list(network.parameters())
+        self._captured_state = self._state()
+        self._parameters = parameters = [p for p in self._all_parameters if p.requires_grad]
+        if not parameters or any(p.dtype != parameters[0].dtype or not p.is_contiguous() for p in parameters):
+            raise RuntimeError(
+                "its gradients do not fit into one tensor: parameters of one dtype, contiguous, expected"
+            )
         with torch.no_grad():
             self._output = network(self._inputs)
+        if not isinstance(self._output, Tensor):
+            raise RuntimeError(f"its result is a {type(self._output).__name__}, expected a tensor")
+        # Not of the graphs' own memory: there a next forward pass may write where a gradient has been.
+        self._flat = parameters[0].new_zeros(sum(p.numel() for p in parameters))
+        pieces = self._flat.split([p.numel() for p in parameters])
+        self._gradients = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
         self._output_gradient = torch.zeros_like(self._output)
+        self._wants_gradient = self._flat.new_zeros(()).requires_grad_()  # makes autograd call the backward pass
+        self._calls = 0
+        self._waiting: int | None = None  # the call whose backward pass has not run
         self._replay_forward, self._replay_backward = recorded((self._forward, self._backward))
 
+    def outdated(self) -> bool:
+        """Whether a parameter has been frozen, unfrozen or moved since the capture."""
+        return self._state() != self._captured_state
+
+    def _state(self) -> list[tuple[bool, int]]:
+        return [(p.requires_grad, p.data_ptr()) for p in self._all_parameters]
+
     def __call__(self, inputs: Tensor) -> Tensor:
-        return _Replayed.apply(inputs, self._parameters[0], self)
+        return _Replayed.apply(inputs, self._wants_gradient, self)
 
     def _forward(self) -> None:
         self._output = self._network(self._inputs)
@@ -125,14 +157,23 @@ class Graphs:
     def _backward(self) -> None:
         gradients = torch.autograd.grad(self._output, self._parameters, self._output_gradient)
         torch.cat([gradient.reshape(-1) for gradient in gradients], out=self._flat)
+        self._output = self._output.detach()  # nothing of one pass, on another stream perhaps, is left for the next
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> tuple[Tensor, int]:
+        """The result and the number of this call."""
         self._inputs.copy_(inputs)
         self._replay_forward()
-        return self._output.detach()
+        self._calls += 1
+        self._waiting = self._calls
+        return self._output.detach(), self._calls
 
-    def backward(self, output_gradient: Tensor) -> None:
+    def backward(self, output_gradient: Tensor, call: int) -> None:
         """Sets the parameters' gradients, or adds to those that are there."""
+        if call != self._waiting:
+            raise RuntimeError(
+                "a network that runs as CUDA graphs can be differentiated once a call, before it is called again"
+            )
+        self._waiting = None
         earlier = [parameter.grad for parameter in self._parameters]
         earlier = [None if gradient is None else gradient.clone() for gradient in earlier]  # may be parts of the tensor
         self._output_gradient.copy_(output_gradient)
@@ -143,14 +184,15 @@ class Graphs:
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, inputs: Tensor, parameter: nn.Parameter, graphs: Graphs) -> Tensor:
+    def forward(ctx: FunctionCtx, inputs: Tensor, wants_gradient: Tensor, graphs: Graphs) -> Tensor:
+        output, ctx.call = graphs.forward(inputs)
         ctx.graphs = graphs
-        return graphs.forward(inputs)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, output_gradient: Tensor) -> tuple[None, None, None]:
-        ctx.graphs.backward(output_gradient)
+        ctx.graphs.backward(output_gradient, ctx.call)
         return None, None, None
 
 

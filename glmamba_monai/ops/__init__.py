@@ -8,7 +8,7 @@ from glmamba_monai.ops.memory import keep_freed_memory
 from glmamba_monai.ops.pointwise import bias_silu, modulate, norm_gate, pixels_in_place
 from glmamba_monai.ops.selective_scan import selective_scan
 from glmamba_monai.ops.ss2d import projected_ss2d_scan, ss2d_scan
-from glmamba_monai.ops.streams import forgo_streams, side_by_side
+from glmamba_monai.ops.streams import expect_other_streams, forgo_streams, side_by_side
 
 __all__ = [
     "attend_channels",
@@ -16,6 +16,7 @@ __all__ = [
     "bias_silu",
     "deform_conv2d",
     "deform_residual",
+    "expect_other_streams",
     "forgo_streams",
     "format_backend_report",
     "fuse_modalities",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["forgo_streams", "side_by_side"]
+__all__ = ["expect_other_streams", "forgo_streams", "side_by_side"]
 
 _forgone = False
 
@@ -59,9 +59,13 @@ def forgo_streams() -> None:
     _forgone = True
 
 
+def expect_other_streams() -> None:
+    """Let torch not warn that a gradient comes on another stream than its parameter's: here that is meant."""
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match", UserWarning)
+
+
 @functools.cache
 def _beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
     """The stream beside another, always the same, since memory is kept for each stream on its own."""
-    # A gradient that comes on another stream than its parameter's is meant here.
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match", UserWarning)
+    expect_other_streams()
     return torch.cuda.Stream(stream.device)
