@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 # Before torch is imported: threads that spin while they wait make a shared machine several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -147,3 +152,60 @@ def make_affine():
 def make_brain():
     """:func:`brain_volumes`, as a fixture."""
     return brain_volumes
+
+
+# --- Triton's interpreter ----------------------------------------------------------------------------------------
+
+
+class InterpreterRuns:
+    """Whole test files in Triton's interpreter, one after the other in a second process, beside the other tests.
+
+    The interpreter must be chosen before Triton is imported, and takes minutes of one core.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._executor = ThreadPoolExecutor(1)
+        self._runs = {file: self._executor.submit(self._run, file) for file in files}
+
+    def _run(self, file: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, env=environment, text=True, **streams) as self._process:
+            output = self._process.communicate()
+        return subprocess.CompletedProcess(command, self._process.returncode, *output)
+
+    def result(self, file: str) -> subprocess.CompletedProcess[str]:
+        """What came of a file, once it has ended."""
+        return self._runs[file].result()
+
+    def stop(self) -> None:
+        """End what is under way, and what has not begun."""
+        for run in self._runs.values():
+            run.cancel()
+        if self._process is not None:
+            self._process.kill()
+        self._executor.shutdown()
+
+
+RUNS = pytest.StashKey[InterpreterRuns]()
+
+
+def pytest_collection_finish(session):
+    files = dict.fromkeys(str(item.path) for item in session.items if "interpreter_run" in item.fixturenames)
+    here = find_spec("triton") and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+    if files and here and not session.config.option.collectonly:
+        session.config.stash[RUNS] = InterpreterRuns(list(files))
+
+
+def pytest_sessionfinish(session):
+    if RUNS in session.config.stash:
+        session.config.stash[RUNS].stop()
+
+
+@pytest.fixture
+def interpreter_run(request):
+    """What came of the test's own file in Triton's interpreter, a ``subprocess.CompletedProcess``."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    return request.config.stash[RUNS].result(str(request.path))

@@ -4,8 +4,6 @@ Without a GPU the kernels run at small sizes in Triton's interpreter, in a secon
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -83,15 +81,9 @@ def test_shapes_that_differ_are_refused(name):
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests run in this process")
-def test_in_the_interpreter():
-    pytest.importorskip("triton", reason="needs the package triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-1000:]
+def test_in_the_interpreter(interpreter_run):
+    assert interpreter_run.returncode == 0, interpreter_run.stdout[-5000:] + interpreter_run.stderr[-1000:]
+    assert " passed" in interpreter_run.stdout
 
 
 @pytest.fixture
