@@ -1,6 +1,6 @@
 """Channel attention with its residual: the definition against PyTorch's layers, the kernels against it in float64.
 
-Without a GPU the kernels run at small sizes in Triton's interpreter, in a second process (see test_triton_deform_conv).
+Without a GPU the kernels run at small sizes in Triton's interpreter, in a second process (see conftest).
 """
 
 import os

@@ -1,6 +1,6 @@
 """The fused steps: the definition against PyTorch's layers, the Triton kernels against the definition in float64.
 
-Without a GPU the kernels run at small sizes in Triton's interpreter, in a second process (see test_triton_deform_conv).
+Without a GPU the kernels run at small sizes in Triton's interpreter, in a second process (see conftest).
 """
 
 import os

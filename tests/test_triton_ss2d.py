@@ -1,6 +1,6 @@
 """The Triton kernels of the scan: on the GPU where there is one, else at tiny sizes in Triton's interpreter.
 
-The interpreter must be chosen before Triton is imported, so without a GPU this file runs itself in a second process.
+The interpreter must be chosen before Triton is imported, so without a GPU that is in a second process (conftest).
 """
 
 import importlib

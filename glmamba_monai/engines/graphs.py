@@ -98,7 +98,7 @@ def captured(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
 def _draw_random_numbers_again(device: torch.device) -> None:
     """After a capture that failed torch (2.11 at least) refuses to draw any, as if it were still capturing."""
     if device.type == "cuda":
-        generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+        generator = torch.cuda.default_generators[device.index]
         generator.graphsafe_set_state(generator.clone_state())
 
 
@@ -106,8 +106,8 @@ class Graphs:
     """Forward and backward pass of a network, recorded once and replayed.
 
     ``torch.cuda.make_graphed_callables`` does the same, but hands every gradient to autograd, which copies them one by
-    one into memory of their own: 230 launches, more than all the rest of a step. Here the graph itself gathers them in
-    one tensor, of which the parameters' ``grad`` are parts.
+    one into memory of their own: 230 launches of the host, which the GPU waited for. Here the graph itself gathers them
+    in one tensor, of which the parameters' ``grad`` are parts.
 
     Args:
         network: all its parameters that are trained must have a part in its result, a tensor.
@@ -137,8 +137,7 @@ class Graphs:
         self._gradients = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
         self._output_gradient = torch.zeros_like(self._output)
         self._wants_gradient = self._flat.new_zeros(()).requires_grad_()  # makes autograd call the backward pass
-        self._calls = 0
-        self._waiting: int | None = None  # the call whose backward pass has not run
+        self._waiting: object = None  # the last call, as long as its backward pass has not run
         self._replay_forward, self._replay_backward = recorded((self._forward, self._backward))
 
     def outdated(self) -> bool:
@@ -159,17 +158,16 @@ class Graphs:
         torch.cat([gradient.reshape(-1) for gradient in gradients], out=self._flat)
         self._output = self._output.detach()  # nothing of one pass, on another stream perhaps, is left for the next
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, int]:
-        """The result and the number of this call."""
+    def forward(self, inputs: Tensor) -> tuple[Tensor, object]:
+        """The result, and what stands for this call."""
         self._inputs.copy_(inputs)
         self._replay_forward()
-        self._calls += 1
-        self._waiting = self._calls
-        return self._output.detach(), self._calls
+        self._waiting = call = object()
+        return self._output.detach(), call
 
-    def backward(self, output_gradient: Tensor, call: int) -> None:
+    def backward(self, output_gradient: Tensor, call: object) -> None:
         """Sets the parameters' gradients, or adds to those that are there."""
-        if call != self._waiting:
+        if call is not self._waiting:
             raise RuntimeError(
                 "a network that runs as CUDA graphs can be differentiated once a call, before it is called again"
             )
