@@ -25,9 +25,9 @@ from glmamba_monai.networks import build_network
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundle"
 CONFIGS = BUNDLE / "configs"
-TRAIN, EVALUATE, INFERENCE, MULTI_GPU, GENERAL, CONTRASTS = (
+TRAIN, EVALUATE, INFERENCE, MULTI_GPU, GENERAL, CONTRASTS, MUON = (
     str(CONFIGS / f"{name}.json")
-    for name in ("train", "evaluate", "inference", "multi_gpu_train", "train_general", "train_contrasts")
+    for name in ("train", "evaluate", "inference", "multi_gpu_train", "train_general", "train_contrasts", "train_muon")
 )
 # Seconds instead of minutes; everything else as it is.
 SHORT = {
@@ -307,12 +307,14 @@ def weights_of(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["network"]
 
 
-@pytest.mark.parametrize("network", ["srcnn_ref", "glmamba_light"])
-def test_a_resumed_training_ends_with_the_same_bits(dataset_dir, tmp_path, network):
+@pytest.mark.parametrize(
+    ("network", "files"), [("srcnn_ref", [TRAIN]), ("glmamba_light", [TRAIN]), ("glmamba_light", [TRAIN, MUON])]
+)
+def test_a_resumed_training_ends_with_the_same_bits(dataset_dir, tmp_path, network, files):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    setup = {"network": network, "epochs": 3, "iterations_per_epoch": 2}
+    setup = {"network": network, "epochs": 3, "iterations_per_epoch": 2, "files": files}
     train(dataset_dir, whole, **setup)
-    stopped = workflow(TRAIN, **{**SHORT, **setup, "dataset_dir": dataset_dir, "output_dir": str(parts)})
+    stopped = workflow(**{**SHORT, **setup, "dataset_dir": dataset_dir, "output_dir": str(parts)})
     stopped.parser.get_parsed_content("train#trainer").add_event_handler(
         Events.ITERATION_COMPLETED(once=3), lambda engine: engine.terminate()
     )

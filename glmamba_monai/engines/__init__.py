@@ -12,6 +12,7 @@ from glmamba_monai.engines.downstream import (
 from glmamba_monai.engines.ensemble import EnsembleMeand, SelfEnsembleInferer
 from glmamba_monai.engines.evaluation import ResultsWriter, SubjectMetrics, prepare_batch, super_resolved
 from glmamba_monai.engines.graphs import GraphInferer
+from glmamba_monai.engines.muon import Muon, parameter_groups
 from glmamba_monai.engines.plan import TrainingPlan, segmentation_plan, trainable_parameters, training_plan
 from glmamba_monai.engines.progress import EpochLine, FinalTable, LossCurve, ValidationPictures
 from glmamba_monai.engines.segmentation import SegmentationLine, SliceDice, mask_items, mask_of, prepare_mask_batch
@@ -26,6 +27,7 @@ __all__ = [
     "GraphInferer",
     "LossCurve",
     "MethodVolumes",
+    "Muon",
     "ResultsWriter",
     "SegmentationLine",
     "SelfEnsembleInferer",
@@ -42,6 +44,7 @@ __all__ = [
     "load_weights",
     "mask_items",
     "mask_of",
+    "parameter_groups",
     "prepare_batch",
     "prepare_mask_batch",
     "require_held_out",

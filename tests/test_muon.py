@@ -1,0 +1,209 @@
+"""The optimiser Muon: against singular value decomposition, torch's Muon for single matrices and torch's Adam."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from glmamba_monai.engines import Muon, WeightAverage, parameter_groups
+from glmamba_monai.engines.muon import UPDATE_SIZE, orthogonalized
+from glmamba_monai.networks import NETWORKS, build_network
+
+SMALL = {"channels": 16, "n_mamba": 1, "n_deform": 1, "attention_reduction": 4, "mix_channels": 8}
+RATE = 0.01
+# Of the kinds that a network has: tall, wide, of full rank and not, a convolution's, a stack of matrices.
+SHAPES = [(12, 20), (30, 7), (40, 40), (5, 90), (8, 6, 3, 3), (9, 4, 1, 1), (3, 10, 24), (2, 24, 5)]
+
+
+def numbers(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def parameters(shapes):
+    return [nn.Parameter(numbers(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
+
+
+def optimizer_of(matrices, others=(), **options):
+    groups = [{"params": list(matrices), "matrices": True}, {"params": list(others), "matrices": False}]
+    return Muon(groups, RATE, **options)
+
+
+def gradients(leaves, step):
+    for i, leaf in enumerate(leaves):
+        leaf.grad = numbers(*leaf.shape, seed=1000 * step + i)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(7, 30), (16, 16), (1, 5)])
+def test_singular_vectors_stay_and_singular_values_come_near_1(rows, columns):
+    matrices = numbers(3, rows, columns, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    turned = u.mT @ orthogonalized(matrices) @ v.mT
+    values = turned.diagonal(dim1=-2, dim2=-1)
+    assert (turned - torch.diag_embed(values)).abs().max() < 1e-9
+    assert values.min() > 0.6 and values.max() < 1.25
+
+
+def test_zeros_that_fill_up_change_nothing_and_no_gradient_gives_no_update():
+    matrix = numbers(1, 6, 10)
+    filled = torch.zeros(2, 9, 14)
+    filled[:1, :6, :10] = matrix
+    found = orthogonalized(filled)
+    torch.testing.assert_close(found[:1, :6, :10], orthogonalized(matrix))
+    found[:1, :6, :10] = 0
+    assert not found.any()
+
+
+def test_the_matrices_are_updated_as_by_torch_s_muon_one_by_one():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch before 2.9 has no Muon")
+    leaves = parameters(SHAPES)
+    start = [leaf.detach().clone() for leaf in leaves]
+    alone = [nn.Parameter(matrix.clone()) for leaf in leaves for matrix in single_matrices(leaf.detach())]
+    # match_rms_adamw: 0.2 rates
+    theirs = torch.optim.Muon(alone, RATE * UPDATE_SIZE / 0.2, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    ours = optimizer_of(leaves)
+    for step in range(4):
+        gradients(leaves, step)
+        for parameter, gradient in zip(alone, [g for leaf in leaves for g in single_matrices(leaf.grad)], strict=True):
+            parameter.grad = gradient.clone()
+        ours.step()
+        theirs.step()
+    moved = iter(alone)
+    for leaf, before in zip(leaves, start, strict=True):
+        expected = torch.stack([next(moved).detach() for _ in single_matrices(before)]).view_as(before) - before
+        # theirs is computed in bfloat16
+        assert (leaf - before - expected).norm() / expected.norm() < 0.02, list(leaf.shape)
+
+
+def single_matrices(parameter):
+    """A stack's matrices ``(B, M, N)``; of a convolution's weight the one that takes a patch."""
+    return parameter.flatten(1)[None] if parameter.ndim == 4 else parameter.view(-1, *parameter.shape[-2:])
+
+
+def test_an_update_of_full_rank_has_the_size_that_is_named():
+    leaf = nn.Parameter(torch.zeros(32, 50))
+    leaf.grad = numbers(32, 50)
+    optimizer_of([leaf]).step()
+    assert leaf.square().mean().sqrt().item() == pytest.approx(UPDATE_SIZE * RATE, rel=0.2)
+
+
+def test_all_else_is_updated_as_by_torch_s_adam():
+    found, expected = parameters([(5,), (768, 16)]), parameters([(5,), (768, 16)])
+    ours, theirs = optimizer_of(parameters([(8, 8)]), found), torch.optim.Adam(expected, RATE, betas=(0.9, 0.95))
+    for step in range(3):
+        for leaves in (found, expected):
+            gradients(leaves, step)
+        gradients(ours.param_groups[0]["params"], step)
+        ours.step()
+        theirs.step()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", NETWORKS.names)
+def test_every_parameter_of_every_network_has_its_group(name):
+    with torch.device("meta"):
+        network = build_network(name)
+    if not any(True for _ in network.parameters()):
+        with pytest.raises(ValueError, match=f"network '{name}' has no parameters"):
+            parameter_groups(network, name)
+        return
+    matrices, others = parameter_groups(network, name)
+    assert (matrices["matrices"], others["matrices"]) == (True, False)
+    assert {*map(id, matrices["params"]), *map(id, others["params"])} == {*map(id, network.parameters())}
+    assert len(matrices["params"]) + len(others["params"]) == sum(1 for _ in network.parameters())
+
+
+def test_what_of_glmamba_is_no_matrix():
+    with torch.device("meta"):
+        network = build_network("glmamba")
+    matrices, _ = parameter_groups(network, "glmamba")
+    kept = {id(parameter) for parameter in matrices["params"]}
+    left = {
+        path.removesuffix(".weight").rpartition(".")[2]
+        for path, parameter in network.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in kept
+    }
+    assert left == {
+        "A_log",  # a number for each channel and state
+        "depthwise",  # each channel on its own
+        "stem",  # from one or two images
+        "2",  # the heads' last convolution, to one
+        "mixture_weights",  # to three maps
+        "complement_weights",  # to two
+        "squeeze",  # to three channels
+        "excite",  # from them
+    }
+
+
+def test_it_learns_and_a_loaded_state_goes_on_with_the_same_bits():
+    torch.manual_seed(0)
+    network = build_network("glmamba_light", **SMALL)
+    image = numbers(2, 2, 16, 16).abs()
+    target = image + 0.1
+
+    def steps(network, optimizer, count):
+        losses = []
+        for _ in range(count):
+            optimizer.zero_grad()
+            loss = (network(image) - target).abs().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    optimizer = Muon(parameter_groups(network, "glmamba_light"), 1e-3)
+    first = steps(network, optimizer, 5)
+    copied, state = copy.deepcopy(network), copy.deepcopy(optimizer.state_dict())
+    whole = steps(network, optimizer, 5)
+    assert whole[-1] < 0.7 * first[0]
+    again = Muon(parameter_groups(copied, "glmamba_light"), 1e-3)
+    again.load_state_dict(state)
+    assert steps(copied, again, 5) == whole
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), copied.parameters(), strict=True))
+
+
+def test_a_schedule_sets_the_rate_of_both_groups_and_a_hook_is_called_once_a_step():
+    network = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
+    optimizer = Muon(parameter_groups(network, "two layers"), RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 1))
+    average = WeightAverage(network, optimizer)
+    for _ in range(2):
+        gradients(network.parameters(), 0)
+        optimizer.step()
+        kept = [parameter.detach().clone() for parameter in network.parameters()]
+        schedule.step()
+    assert average.steps == 2
+    gradients(network.parameters(), 1)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), kept, strict=True))  # a rate of 0
+
+
+def test_what_cannot_be_is_refused():
+    network = nn.Linear(6, 5)
+    with pytest.raises(ValueError, match=r"params: found groups with matrices=\[None, None\], expected those of"):
+        Muon(list(network.parameters()), RATE)
+    optimizer = Muon(parameter_groups(network, "a layer"), RATE)
+    before = network.bias.detach().clone()
+    network.bias.grad = torch.ones(5)
+    with pytest.raises(ValueError, match=r"a matrix of shape \[5, 6\]: found no gradient, expected one"):
+        optimizer.step()
+    assert torch.equal(network.bias, before)
+    with pytest.raises(ValueError, match="closure: found one, expected None"):
+        optimizer.step(lambda: 0.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_does_what_it_does_on_a_cpu():
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [nn.Parameter(leaf.detach().to(device)) for leaf in parameters([*SHAPES, (7,)])]
+        optimizer = optimizer_of(leaves[:-1], leaves[-1:], fused=device == "cuda")
+        start = [leaf.detach().clone() for leaf in leaves]
+        for step in range(3):
+            for i, leaf in enumerate(leaves):
+                leaf.grad = numbers(*leaf.shape, seed=1000 * step + i).to(device)
+            optimizer.step()
+        results.append([(leaf - before).detach().cpu() for leaf, before in zip(leaves, start, strict=True)])
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() / expected.norm() < 0.02
