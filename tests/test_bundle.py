@@ -19,7 +19,7 @@ from monai.engines import SupervisedTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmamba_monai.bundle import locate_bundle, weights_folders
-from glmamba_monai.engines import SliceTrainer, load_weights, stacked_items, super_resolved_items
+from glmamba_monai.engines import Muon, SliceTrainer, load_weights, stacked_items, super_resolved_items
 from glmamba_monai.inference import root_cause
 from glmamba_monai.networks import build_network
 
@@ -214,14 +214,21 @@ class ValuesRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_iteration_waits_for_a_value(dataset_dir, results):
+@pytest.mark.parametrize(
+    ("files", "overrides"),
+    [
+        # Adam counts its steps in tensors of the CPU, whatever the device of the weights.
+        ([TRAIN], {"optimizer": {"_target_": "torch.optim.SGD", "params": "$@train_net.parameters()", "lr": 1e-3}}),
+        ([TRAIN, MUON], {"optimizer#fused": True}),  # as on a GPU, where Adam counts there
+    ],
+    ids=["sgd", "muon"],
+)
+def test_no_iteration_waits_for_a_value(dataset_dir, results, files, overrides):
     """As many values are read in an epoch of nine steps as in one of three."""
     counts = []
     for iterations in (3, 9):
-        # Adam counts its steps in tensors of the CPU, whatever the device of the weights.
-        sgd = {"_target_": "torch.optim.SGD", "params": "$@train_net.parameters()", "lr": 1e-3}
         with ValuesRead() as read:
-            train(dataset_dir, results, optimizer=sgd, iterations_per_epoch=iterations, epochs=1)
+            train(dataset_dir, results, files, iterations_per_epoch=iterations, epochs=1, **overrides)
         counts.append(read.count)
     assert counts[0] == counts[1] > 0
 
@@ -315,6 +322,7 @@ def test_a_resumed_training_ends_with_the_same_bits(dataset_dir, tmp_path, netwo
     setup = {"network": network, "epochs": 3, "iterations_per_epoch": 2, "files": files}
     train(dataset_dir, whole, **setup)
     stopped = workflow(**{**SHORT, **setup, "dataset_dir": dataset_dir, "output_dir": str(parts)})
+    assert isinstance(stopped.parser.get_parsed_content("optimizer"), Muon) == (MUON in files)
     stopped.parser.get_parsed_content("train#trainer").add_event_handler(
         Events.ITERATION_COMPLETED(once=3), lambda engine: engine.terminate()
     )

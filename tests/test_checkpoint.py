@@ -786,6 +786,20 @@ def test_an_average_is_neither_begun_nor_dropped_in_the_middle(tmp_path, started
     assert files_in(tmp_path) == before
 
 
+def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
+    Training(tmp_path, epochs=1).run()
+    before = files_in(tmp_path)
+    resumed = Training(tmp_path, resume=True)
+    *most, last = resumed.network.parameters()
+    resumed.state.optimizer = torch.optim.Adam([{"params": most}, {"params": [last]}])
+    weights = state_of(resumed.network)
+    expected = rf"checkpoint\.pt: its optimiser has groups of \[{len(most) + 1}\] parameters, that of this training of"
+    with pytest.raises(ValueError, match=expected + rf" \[{len(most)}, 1\]; resume it with the configs it was started"):
+        resumed.run()
+    assert files_in(tmp_path) == before
+    assert_same(state_of(resumed.network), weights)
+
+
 def test_a_checkpoint_from_before_there_were_averages_is_resumed(tmp_path):
     Training(tmp_path, epochs=1).run()
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

@@ -1,9 +1,12 @@
 """The optimiser Muon: against singular value decomposition, torch's Muon for single matrices and torch's Adam."""
 
 import copy
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from torch import nn
 
 from glmamba_monai.engines import Muon, WeightAverage, parameter_groups
@@ -155,12 +158,35 @@ def test_it_learns_and_a_loaded_state_goes_on_with_the_same_bits():
     optimizer = Muon(parameter_groups(network, "glmamba_light"), 1e-3)
     first = steps(network, optimizer, 5)
     copied, state = copy.deepcopy(network), copy.deepcopy(optimizer.state_dict())
+    both = pickle.loads(pickle.dumps((network, optimizer)))
     whole = steps(network, optimizer, 5)
-    assert whole[-1] < 0.7 * first[0]
+    assert whole[-1] < 0.8 * first[0]
     again = Muon(parameter_groups(copied, "glmamba_light"), 1e-3)
     again.load_state_dict(state)
     assert steps(copied, again, 5) == whole
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), copied.parameters(), strict=True))
+    assert steps(*both, 5) == whole
+
+
+def test_a_frozen_parameter_is_left_out():
+    network = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
+    network[0].requires_grad_(False)
+    optimizer = Muon(parameter_groups(network, "two layers"), RATE)
+    gradients(network[1].parameters(), 0)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer.step()
+    assert [torch.equal(a, b) for a, b in zip(network.parameters(), before, strict=True)] == [True, True, False, False]
+
+
+def test_the_overlay_trains_by_it_at_its_own_rate():
+    parser = ConfigParser()
+    configs = Path(__file__).parent.parent / "bundle" / "configs"
+    parser.read_config([str(configs / f"{name}.json") for name in ("train", "train_general", "train_muon")])
+    parser.update({"device": "$torch.device('cpu')", "network": "srcnn_ref"})
+    optimizer = parser.get_parsed_content("optimizer")
+    assert isinstance(optimizer, Muon)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0004] * 2
+    assert parser.get_parsed_content("average").network is not parser.get_parsed_content("net")
 
 
 def test_a_schedule_sets_the_rate_of_both_groups_and_a_hook_is_called_once_a_step():

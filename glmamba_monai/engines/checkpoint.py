@@ -482,6 +482,13 @@ class TrainingState:
                 f"{path}: is of a training {'without' if average is None else 'with'} an average of the weights; "
                 "resume it with the configs it was started with"
             )
+        states = (checkpoint["optimizer"], self.optimizer.state_dict())
+        found, expected = ([len(group["params"]) for group in state["param_groups"]] for state in states)
+        if found != expected:
+            raise ValueError(
+                f"{path}: its optimiser has groups of {found} parameters, that of this training of {expected}; "
+                "resume it with the configs it was started with"
+            )
         load_weights(self.network, path, self.name)
         if self.average is not None:
             self.average.load_state_dict(average)

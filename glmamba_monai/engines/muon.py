@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glmamba_monai.engines.plan import trainable_parameters
 
 MIN_SIDE = 4  # rows and columns from which on a weight counts as a matrix
-UPDATE_SIZE = 0.6  # root mean square of a matrix's update, in learning rates
+UPDATE_SIZE = 0.6  # about the root mean square of a matrix's update, in learning rates
 # The iteration of Newton and Schulz with the coefficients of Muon's author (K. Jordan, 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -19,31 +19,33 @@ ITERATIONS = 5
 
 def as_matrices(parameter: Tensor) -> Tensor:
     """A weight as matrices ``(..., M, N)``: that of a convolution as ``(out, in * height * width)``."""
-    return parameter.flatten(1) if parameter.ndim == 4 else parameter
+    return parameter.flatten(1) if parameter.ndim > 3 else parameter
 
 
 def parameter_groups(network: nn.Module, name: str) -> list[dict[str, Any]]:
-    """The parameters of a network for :class:`Muon`: first the matrices, then all else.
+    """The parameters of a network for :class:`Muon`: first the matrices, then all else, without those that are frozen.
 
     Matrices are what mixes many channels into many. The others are vectors, depthwise convolutions, those from or to
-    one or two images or maps, and ``A_log``, which holds a number for each channel and state.
+    fewer than `MIN_SIDE` maps, and ``A_log``, which holds a number for each channel and state.
 
     Raises:
         ValueError: the network, called ``name``, has no parameters.
     """
-    trainable_parameters(network, name)
+    trainable_parameters(network, name)  # refuses such a network
     groups: list[dict[str, Any]] = [{"params": [], "matrices": True}, {"params": [], "matrices": False}]
     for path, parameter in network.named_parameters():
         sides = parameter.shape[-2:] if parameter.ndim == 3 else parameter.shape[:2]  # three: a stack of matrices
         is_matrix = parameter.ndim > 1 and min(sides) >= MIN_SIDE and path.rpartition(".")[2] != "A_log"
-        groups[0 if is_matrix else 1]["params"].append(parameter)
+        if parameter.requires_grad:
+            groups[0 if is_matrix else 1]["params"].append(parameter)
     return groups
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Matrices ``(B, M, N)``, ``M <= N``, with their singular vectors and with singular values around 1 (0.7 to 1.2).
 
-    Rows and columns of zeros change nothing and stay, so smaller matrices may be filled up. In bfloat16 on a GPU.
+    Below a thousandth of the matrix's norm a singular value only grows, up to 485 times. Rows and columns of zeros
+    change nothing and stay, so smaller matrices may be filled up. In bfloat16 on a GPU, whatever the network runs in.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else matrices
@@ -62,7 +64,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: the groups that :func:`parameter_groups` makes.
-        lr: learning rate of Adam; the update of a matrix has a root mean square of `UPDATE_SIZE` times this rate.
+        lr: learning rate of Adam; the update of a matrix has a root mean square of about `UPDATE_SIZE` times this rate.
         momentum: of the matrices, looking ahead as Nesterov's does.
         betas: of Adam.
         fused: Adam's update as one kernel.
@@ -85,6 +87,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
         self._adam = torch.optim.Adam(self.param_groups[1:], lr, betas=betas, fused=fused)
         self._stacks = Stacks(self.param_groups[0]["params"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_adam": self._adam, "_stacks": self._stacks}  # torch's leaves them out
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -116,7 +121,9 @@ class Muon(torch.optim.Optimizer):
 
 
 class Stacks:
-    """Where the matrices of all parameters lie in few stacks ``(B, M, N)`` of about the same size.
+    """Where the matrices of all parameters lie in few stacks ``(B, M, N)``, filled up with zeros.
+
+    In a stack are those whose width is within a factor of two: few launches count for more than few numbers.
 
     Args:
         parameters: see :func:`as_matrices`.
@@ -138,8 +145,11 @@ class Stacks:
                 groups.append([])
             groups[-1].append(matrix)
         self._numbers = [self._filled_up(group, fill=sum(self._sizes)) for group in groups]
-        flat = torch.cat([stack.flatten() for stack in self._numbers]) if groups else torch.empty(0, dtype=torch.long)
-        self._places = flat.argsort()[: sum(self._sizes)]  # of each element in the stacks, which lie one behind another
+        # Of each element, and in the end of a zero, its place in the stacks, which lie one behind another.
+        self._places = torch.empty(sum(self._sizes) + 1, dtype=torch.long)
+        flat = torch.cat([torch.empty(0, dtype=torch.long), *(stack.flatten() for stack in self._numbers)])
+        self._places[flat] = torch.arange(len(flat))
+        self._places = self._places[:-1]
         self._scales = torch.cat(scales) if scales else torch.empty(0)
 
     @staticmethod
@@ -151,7 +161,7 @@ class Stacks:
         return stack
 
     def orthogonalized(self, updates: Sequence[Tensor]) -> list[Tensor]:
-        """The updates of all parameters orthogonalised, of a root mean square of `UPDATE_SIZE` at full rank."""
+        """The updates of all parameters orthogonalised, of a root mean square of about `UPDATE_SIZE` at full rank."""
         flat = torch.cat([*(update.reshape(-1) for update in updates), updates[0].new_zeros(1)])  # 0: what is filled up
         if self._places.device != flat.device:
             self._places, self._scales, *self._numbers = (
