@@ -315,7 +315,7 @@ def weights_of(folder):
 
 
 @pytest.mark.parametrize(
-    ("network", "files"), [("srcnn_ref", [TRAIN]), ("glmamba_light", [TRAIN]), ("glmamba_light", [TRAIN, MUON])]
+    ("network", "files"), [("srcnn_ref", [TRAIN]), ("glmamba_light", [TRAIN]), ("srcnn_ref", [TRAIN, MUON])]
 )
 def test_a_resumed_training_ends_with_the_same_bits(dataset_dir, tmp_path, network, files):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
