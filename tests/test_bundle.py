@@ -579,6 +579,7 @@ def test_the_commands_as_typed_from_any_folder(dataset_dir, results, tmp_path, s
     assert len(list((tmp_path / "sr").iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(dataset_dir, tmp_path):
     """torchrun with gloo: both ranks end with the same weights, and the draws of an epoch are those of one process."""
     results = tmp_path / "two"

@@ -581,6 +581,7 @@ def test_nothing_begins_after_an_interruption(tables, bundle, arguments):
     assert 1 <= len(bundle.made()) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_the_end_of_the_command_ends_its_runs(arguments, tmp_path, jobs):
@@ -621,6 +622,7 @@ def test_the_end_of_the_command_ends_its_runs(arguments, tmp_path, jobs):
         command.wait()
 
 
+@pytest.mark.slow
 def test_a_real_run_a_failing_one_and_the_same_again(tables, arguments, capsys, monkeypatch):
     arguments.update(networks="srcnn_ref,srcnn", learning_rates={"srcnn_ref": 1e30}, device="cpu")
     with pytest.raises(SystemExit, match="1 of 2 runs failed; the same command tries them again"):
