@@ -10,7 +10,9 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from glmamba_monai.engines import Muon, WeightAverage, parameter_groups
-from glmamba_monai.engines.muon import UPDATE_SIZE, orthogonalized
+from glmamba_monai.engines import muon as module
+from glmamba_monai.engines.graphs import WARM_UP_PASSES
+from glmamba_monai.engines.muon import UPDATE_SIZE, RecordedUpdate, Stacks, orthogonalized
 from glmamba_monai.networks import NETWORKS, build_network
 
 SMALL = {"channels": 16, "n_mamba": 1, "n_deform": 1, "attention_reduction": 4, "mix_channels": 8}
@@ -219,17 +221,111 @@ def test_what_cannot_be_is_refused():
         optimizer.step(lambda: 0.0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def warmed_up(work):
+    """What CUDA does with pieces of work that are recorded, but that here each replay is the work itself."""
+    for _ in range(WARM_UP_PASSES):
+        for piece in work:
+            piece()
+    return work
+
+
+def test_a_recorded_update_changes_nothing_until_it_is_run(monkeypatch):
+    monkeypatch.setattr(module, "recorded", warmed_up)
+    kept, expected = [numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]
+
+    def update(tensors, gradients, rate):
+        torch._foreach_mul_(tensors, 0.9)  # not even with gradients of 0 it leaves them as they were
+        torch._foreach_sub_(tensors, [gradient * rate for gradient in gradients])
+
+    run = RecordedUpdate(lambda gradients, rate: update(kept, gradients, rate), kept, kept, key=())
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
+    for step in range(3):
+        steps_gradients = [numbers(3, 4, seed=step), numbers(5, seed=10 + step)]
+        run(steps_gradients, 0.1 * step)
+        update(expected, steps_gradients, torch.tensor(0.1 * step))
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
+
+
+def test_an_update_that_cannot_be_recorded_changes_nothing(monkeypatch):
+    def cannot(work):
+        work[0]()
+        raise RuntimeError("it waits for the GPU")
+
+    monkeypatch.setattr(module, "recorded", cannot)
+    kept = [numbers(3, 4)]
+    with pytest.raises(RuntimeError, match="it waits for the GPU"):
+        RecordedUpdate(lambda gradients, rate: kept[0].mul_(2), kept, kept, key=())
+    assert torch.equal(kept[0], numbers(3, 4))
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def steps_on(device, leaves, optimizer, steps):
+    """Steps, each at a lower rate than the one before."""
+    for step in steps:
+        for i, leaf in enumerate(leaves):
+            leaf.grad = numbers(*leaf.shape, seed=1000 * step + i).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE / (1 + step)
+        optimizer.step()
+
+
+@needs_gpu
 def test_on_a_gpu_it_does_what_it_does_on_a_cpu():
     results = []
     for device in ("cpu", "cuda"):
         leaves = [nn.Parameter(leaf.detach().to(device)) for leaf in parameters([*SHAPES, (7,)])]
         optimizer = optimizer_of(leaves[:-1], leaves[-1:], fused=device == "cuda")
         start = [leaf.detach().clone() for leaf in leaves]
-        for step in range(3):
-            for i, leaf in enumerate(leaves):
-                leaf.grad = numbers(*leaf.shape, seed=1000 * step + i).to(device)
-            optimizer.step()
+        steps_on(device, leaves, optimizer, range(3))
         results.append([(leaf - before).detach().cpu() for leaf, before in zip(leaves, start, strict=True)])
     for expected, found in zip(*results, strict=True):
         assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@needs_gpu
+def test_on_a_gpu_its_graph_follows_rate_momentum_loaded_states_and_moved_parameters():
+    results = []
+    for recordable in (False, True):
+        leaves = [nn.Parameter(leaf.detach().cuda()) for leaf in parameters([*SHAPES, (7,)])]
+        optimizer = optimizer_of(leaves[:-1], leaves[-1:], fused=True)
+        optimizer._recordable = recordable
+        steps_on("cuda", leaves, optimizer, range(3))
+        state = copy.deepcopy(optimizer.state_dict())
+        steps_on("cuda", leaves, optimizer, range(3, 5))
+        optimizer.load_state_dict(state)
+        steps_on("cuda", leaves, optimizer, range(3, 5))
+        optimizer.param_groups[0]["momentum"] = 0.5
+        steps_on("cuda", leaves, optimizer, range(5, 7))
+        assert recordable == (optimizer._recorded is not None)
+        recorded = optimizer._recorded
+        steps_on("cuda", leaves, optimizer, range(7, 8))
+        assert optimizer._recorded is recorded  # once is enough
+        for leaf in leaves:
+            leaf.data = leaf.data.clone()
+        steps_on("cuda", leaves, optimizer, range(8, 10))
+        assert not recordable or optimizer._recorded is not recorded
+        results.append(leaves)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class WaitingStacks(Stacks):
+    def orthogonalized(self, updates, rate=1.0):
+        assert updates[0].sum().isfinite().item()  # waits for the GPU
+        return super().orthogonalized(updates, rate)
+
+
+@needs_gpu
+def test_on_a_gpu_it_goes_on_without_a_graph_where_it_cannot_have_one(monkeypatch, caplog):
+    results = []
+    for waits in (False, True):
+        leaves = [nn.Parameter(leaf.detach().cuda()) for leaf in parameters(SHAPES)]
+        optimizer = optimizer_of(leaves)
+        if waits:
+            monkeypatch.setattr(optimizer, "_stacks", WaitingStacks(leaves))
+        steps_on("cuda", leaves, optimizer, range(3))
+        assert optimizer._recordable != waits
+        results.append(leaves)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert caplog.text.count("cannot be captured as a CUDA graph") == 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,19 +78,29 @@ def flat_gradient(parameters: Sequence[nn.Parameter]) -> Tensor | None:
 def captured(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
     """The network as CUDA graphs for batches like ``inputs``; where that cannot be, the network, with a warning."""
     expect_other_streams()
+    try:
+        with capturing(inputs):
+            return Graphs(network, inputs)
+    except RuntimeError as error:  # an operation that waits for the GPU, for example
+        forgo_streams()
+        logger.warning("The network cannot be captured as a CUDA graph and runs as it is: %s", error)
+        return network
+
+
+@contextmanager
+def capturing(tensor: Tensor) -> Iterator[None]:
+    """Where CUDA graphs are recorded on the device of ``tensor``; if that fails, torch is left as it was before."""
     # A graph that the collector frees meanwhile, one of an earlier network, would end the capture.
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         # A capture that fails would leave its own stream as the current one.
-        with torch.cuda.device_of(inputs), torch.cuda.stream(torch.cuda.current_stream() if inputs.is_cuda else None):
-            return Graphs(network, inputs)
-    except RuntimeError as error:  # an operation that waits for the GPU, for example
-        forgo_streams()
-        _draw_random_numbers_again(inputs.device)
-        logger.warning("The network cannot be captured as a CUDA graph and runs as it is: %s", error)
-        return network
+        with torch.cuda.device_of(tensor), torch.cuda.stream(torch.cuda.current_stream() if tensor.is_cuda else None):
+            yield
+    except RuntimeError:
+        _draw_random_numbers_again(tensor.device)
+        raise
     finally:
         if collecting:
             gc.enable()

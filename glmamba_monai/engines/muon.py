@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glmamba_monai.engines.graphs import capturing, recorded
 from glmamba_monai.engines.plan import trainable_parameters
+
+logger = logging.getLogger(__name__)
 
 MIN_SIDE = 4  # rows and columns from which on a weight counts as a matrix
 UPDATE_SIZE = 0.6  # about the root mean square of a matrix's update, in learning rates
@@ -60,7 +64,7 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum (Muon) for the matrices of a network, Adam for its other parameters.
 
     ``torch.optim.Muon`` does the same for matrices alone and one by one, thousands of launches a step for `glmamba`;
-    here the matrices are orthogonalised in a few stacks (:class:`Stacks`).
+    here the matrices are orthogonalised in a few stacks (:class:`Stacks`), on a GPU by a CUDA graph: one launch.
 
     Args:
         params: the groups that :func:`parameter_groups` makes.
@@ -87,9 +91,12 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
         self._adam = torch.optim.Adam(self.param_groups[1:], lr, betas=betas, fused=fused)
         self._stacks = Stacks(self.param_groups[0]["params"])
+        self._recorded: RecordedUpdate | None = None
+        self._recordable = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_adam": self._adam, "_stacks": self._stacks}  # torch's leaves them out
+        ours = {"_adam": self._adam, "_stacks": self._stacks, "_recorded": None, "_recordable": self._recordable}
+        return {**super().__getstate__(), **ours}  # torch's leaves them out, and a graph cannot be copied
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -115,9 +122,61 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters]
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, momenta, momentum)
-        torch._foreach_add_(parameters, self._stacks.orthogonalized(ahead), alpha=-lr)
+
+        def update(gradients: Sequence[Tensor], lr: float | Tensor) -> None:
+            torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+            ahead = torch._foreach_lerp(gradients, momenta, momentum)
+            torch._foreach_sub_(parameters, self._stacks.orthogonalized(ahead, lr))
+
+        run = update
+        if parameters[0].is_cuda and self._recordable:
+            kept = [*parameters, *momenta]
+            key = (momentum, *(tensor.data_ptr() for tensor in kept))  # others, if they were moved or a state loaded
+            if self._recorded is None or self._recorded.key != key:
+                self._recorded = None  # its memory is free for the next
+                try:
+                    self._recorded = RecordedUpdate(update, kept, gradients, key)
+                except RuntimeError as error:
+                    self._recordable = False
+                    logger.warning("The update of the matrices cannot be captured as a CUDA graph: %s", error)
+            run = self._recorded or update
+        run(gradients, lr)
+
+
+class RecordedUpdate:
+    """An update by gradients and a learning rate as a CUDA graph: one launch of the host in place of some seventy.
+
+    Args:
+        update: changes tensors in place, by gradients and a rate.
+        kept: these tensors.
+        like: gradients like those to come.
+        key: what the update depends on otherwise.
+
+    Raises:
+        RuntimeError: the update cannot be captured; ``kept`` are as they were before.
+    """
+
+    def __init__(
+        self,
+        update: Callable[[Sequence[Tensor], Tensor], None],
+        kept: Sequence[Tensor],
+        like: Sequence[Tensor],
+        key: tuple[float, ...],
+    ) -> None:
+        self.key = key
+        self._gradients = [torch.zeros_like(gradient) for gradient in like]
+        self._rate = torch.zeros((), device=like[0].device)
+        before = [tensor.clone() for tensor in kept]
+        try:
+            with capturing(like[0]):
+                (self._replay,) = recorded([lambda: update(self._gradients, self._rate)])
+        finally:
+            torch._foreach_copy_(kept, before)  # it has run for warming up
+
+    def __call__(self, gradients: Sequence[Tensor], rate: float) -> None:
+        torch._foreach_copy_(self._gradients, gradients)
+        self._rate.fill_(rate)
+        self._replay()
 
 
 class Stacks:
@@ -160,13 +219,16 @@ class Stacks:
             filled[: matrix.shape[0], : matrix.shape[1]] = matrix
         return stack
 
-    def orthogonalized(self, updates: Sequence[Tensor]) -> list[Tensor]:
-        """The updates of all parameters orthogonalised, of a root mean square of about `UPDATE_SIZE` at full rank."""
+    def orthogonalized(self, updates: Sequence[Tensor], rate: float | Tensor = 1.0) -> list[Tensor]:
+        """The updates of all parameters orthogonalised, their root mean square about `UPDATE_SIZE` rates at full rank.
+
+        The rate may be a tensor `()`, so that a CUDA graph can take another one in every step.
+        """
         flat = torch.cat([*(update.reshape(-1) for update in updates), updates[0].new_zeros(1)])  # 0: what is filled up
         if self._places.device != flat.device:
             self._places, self._scales, *self._numbers = (
                 tensor.to(flat.device) for tensor in (self._places, self._scales, *self._numbers)
             )
         stacks = [orthogonalized(flat[numbers]).flatten() for numbers in self._numbers]
-        result = torch.cat(stacks)[self._places] * self._scales
+        result = torch.cat(stacks)[self._places] * (self._scales * rate)
         return [part.view(shape) for part, shape in zip(result.split(self._sizes), self._shapes, strict=True)]
