@@ -414,6 +414,11 @@ def test_a_volume_without_foreground_slices_is_named():
         ForegroundSlicesd("target", "target")({"target": source})
 
 
+def test_no_slices_at_all_are_refused():
+    with pytest.raises(ValueError, match="max_slices: 0 found, at least 1 expected, or None for all"):
+        ForegroundSlicesd("target", "target", 0)
+
+
 def test_of_several_sources_each_must_have_foreground():
     first, second = (stack_with_fractions(f) for f in ([0.5, 0.5, 0.04, 0.5], [0.5, 0.04, 0.5, 0.06]))
     data = {"a": first, "b": 100 * second, "image": torch.arange(4.0).expand(1, 20, 20, 4)}

@@ -418,11 +418,13 @@ class ForegroundSlicesd(MapTransform):
         max_slices: keep at most so many, evenly spaced; None for all.
 
     Raises:
-        ValueError: no slice has enough foreground.
+        ValueError: ``max_slices`` is less than 1, or no slice has enough foreground.
     """
 
     def __init__(self, keys: KeysCollection, source_key: KeysCollection, max_slices: int | None = None) -> None:
         super().__init__(keys)
+        if max_slices is not None and max_slices < 1:
+            raise ValueError(f"max_slices: {max_slices} found, at least 1 expected, or None for all")
         self.source_keys = ensure_tuple(source_key)
         self.max_slices = max_slices
 
