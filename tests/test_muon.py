@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from glmamba_monai.engines import muon as module
 from glmamba_monai.engines.graphs import WARM_UP_PASSES
 from glmamba_monai.engines.muon import UPDATE_SIZE, RecordedUpdate, Stacks, orthogonalized
 from glmamba_monai.networks import NETWORKS, build_network
+from glmamba_monai.ops import streams
 
 SMALL = {"channels": 16, "n_mamba": 1, "n_deform": 1, "attention_reduction": 4, "mix_channels": 8}
 RATE = 0.01
@@ -222,7 +224,7 @@ def test_what_cannot_be_is_refused():
 
 
 def warmed_up(work):
-    """What CUDA does with pieces of work that are recorded, but that here each replay is the work itself."""
+    """Stands for `recorded`: warms up as that does; a replay is the work itself."""
     for _ in range(WARM_UP_PASSES):
         for piece in work:
             piece()
@@ -234,19 +236,21 @@ def test_a_recorded_update_changes_nothing_until_it_is_run(monkeypatch):
     kept, expected = [numbers(3, 4), numbers(5)], [numbers(3, 4), numbers(5)]
 
     def update(tensors, gradients, rate):
-        torch._foreach_mul_(tensors, 0.9)  # not even with gradients of 0 it leaves them as they were
+        torch._foreach_mul_(tensors, 0.9)  # changes them where gradients are 0, too
         torch._foreach_sub_(tensors, [gradient * rate for gradient in gradients])
 
     run = RecordedUpdate(lambda gradients, rate: update(kept, gradients, rate), kept, kept, key=())
     assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
     for step in range(3):
-        steps_gradients = [numbers(3, 4, seed=step), numbers(5, seed=10 + step)]
-        run(steps_gradients, 0.1 * step)
-        update(expected, steps_gradients, torch.tensor(0.1 * step))
+        of_step = [numbers(3, 4, seed=step), numbers(5, seed=10 + step)]
+        run(of_step, 0.1 * step)
+        update(expected, of_step, torch.tensor(0.1 * step))
     assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
 
 
 def test_an_update_that_cannot_be_recorded_changes_nothing(monkeypatch):
+    monkeypatch.setattr(streams, "_forgone", False)
+
     def cannot(work):
         work[0]()
         raise RuntimeError("it waits for the GPU")
@@ -255,20 +259,75 @@ def test_an_update_that_cannot_be_recorded_changes_nothing(monkeypatch):
     kept = [numbers(3, 4)]
     with pytest.raises(RuntimeError, match="it waits for the GPU"):
         RecordedUpdate(lambda gradients, rate: kept[0].mul_(2), kept, kept, key=())
-    assert torch.equal(kept[0], numbers(3, 4))
+    assert torch.equal(kept[0], numbers(3, 4)) and streams._forgone
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def steps_on(device, leaves, optimizer, steps):
+def steps_of(leaves, optimizer, steps):
     """Steps, each at a lower rate than the one before."""
     for step in steps:
         for i, leaf in enumerate(leaves):
-            leaf.grad = numbers(*leaf.shape, seed=1000 * step + i).to(device)
+            leaf.grad = numbers(*leaf.shape, seed=1000 * step + i).to(leaf.device)
         for group in optimizer.param_groups:
             group["lr"] = RATE / (1 + step)
         optimizer.step()
+
+
+def follows_what_changes(placed, **options):
+    """By graphs it does what it does without: momentum, states, moved parameters and copies."""
+    results = []
+    for recordable in (False, True):
+        leaves = [nn.Parameter(placed(leaf.detach())) for leaf in parameters([*SHAPES, (7,)])]
+        optimizer = optimizer_of(leaves[:-1], leaves[-1:], **options)
+        optimizer._recordable = recordable
+        steps_of(leaves, optimizer, range(3))
+        state = pickle.loads(pickle.dumps(optimizer.state_dict()))
+        steps_of(leaves, optimizer, range(3, 5))
+        optimizer.load_state_dict(state)
+        steps_of(leaves, optimizer, range(3, 5))
+        optimizer.param_groups[0]["momentum"] = 0.5
+        steps_of(leaves, optimizer, range(5, 7))
+        assert recordable == (optimizer._recorded is not None)
+        recorded = optimizer._recorded
+        steps_of(leaves, optimizer, range(7, 8))
+        assert optimizer._recorded is recorded  # once is enough
+        for leaf in leaves:
+            leaf.data = leaf.data.clone()
+        steps_of(leaves, optimizer, range(8, 10))
+        assert not recordable or optimizer._recorded is not recorded
+        copied = pickle.loads(pickle.dumps((leaves, optimizer)))
+        for one in [(leaves, optimizer), copied]:
+            steps_of(*one, range(10, 12))
+            results.append(one[0])
+    first, *others = results
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_graph_follows_what_changes(monkeypatch):
+    monkeypatch.setattr(module, "recorded", warmed_up)
+    monkeypatch.setattr(module, "capturing", lambda tensor: nullcontext())
+    follows_what_changes(lambda leaf: leaf.as_subclass(OnGPU))
+
+
+def test_no_graph_is_kept_on_a_cpu_nor_in_a_distributed_training(monkeypatch):
+    monkeypatch.setattr(module, "recorded", warmed_up)
+    monkeypatch.setattr(module, "capturing", lambda tensor: nullcontext())
+    leaves = [nn.Parameter(leaf.detach().as_subclass(OnGPU)) for leaf in parameters(SHAPES)]
+    optimizer = optimizer_of(leaves)
+    for on_gpu, distributed in ((True, False), (True, True), (True, False), (False, False)):
+        monkeypatch.setattr(OnGPU, "is_cuda", on_gpu)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda distributed=distributed: distributed)
+        steps_of(leaves, optimizer, range(1))
+        assert (optimizer._recorded is not None) == (on_gpu and not distributed)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @needs_gpu
@@ -278,36 +337,15 @@ def test_on_a_gpu_it_does_what_it_does_on_a_cpu():
         leaves = [nn.Parameter(leaf.detach().to(device)) for leaf in parameters([*SHAPES, (7,)])]
         optimizer = optimizer_of(leaves[:-1], leaves[-1:], fused=device == "cuda")
         start = [leaf.detach().clone() for leaf in leaves]
-        steps_on(device, leaves, optimizer, range(3))
+        steps_of(leaves, optimizer, range(3))
         results.append([(leaf - before).detach().cpu() for leaf, before in zip(leaves, start, strict=True)])
     for expected, found in zip(*results, strict=True):
         assert (found - expected).norm() / expected.norm() < 0.02
 
 
 @needs_gpu
-def test_on_a_gpu_its_graph_follows_rate_momentum_loaded_states_and_moved_parameters():
-    results = []
-    for recordable in (False, True):
-        leaves = [nn.Parameter(leaf.detach().cuda()) for leaf in parameters([*SHAPES, (7,)])]
-        optimizer = optimizer_of(leaves[:-1], leaves[-1:], fused=True)
-        optimizer._recordable = recordable
-        steps_on("cuda", leaves, optimizer, range(3))
-        state = copy.deepcopy(optimizer.state_dict())
-        steps_on("cuda", leaves, optimizer, range(3, 5))
-        optimizer.load_state_dict(state)
-        steps_on("cuda", leaves, optimizer, range(3, 5))
-        optimizer.param_groups[0]["momentum"] = 0.5
-        steps_on("cuda", leaves, optimizer, range(5, 7))
-        assert recordable == (optimizer._recorded is not None)
-        recorded = optimizer._recorded
-        steps_on("cuda", leaves, optimizer, range(7, 8))
-        assert optimizer._recorded is recorded  # once is enough
-        for leaf in leaves:
-            leaf.data = leaf.data.clone()
-        steps_on("cuda", leaves, optimizer, range(8, 10))
-        assert not recordable or optimizer._recorded is not recorded
-        results.append(leaves)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+def test_on_a_gpu_its_graph_follows_what_changes():
+    follows_what_changes(lambda leaf: leaf.cuda(), fused=True)
 
 
 class WaitingStacks(Stacks):
@@ -318,14 +356,17 @@ class WaitingStacks(Stacks):
 
 @needs_gpu
 def test_on_a_gpu_it_goes_on_without_a_graph_where_it_cannot_have_one(monkeypatch, caplog):
-    results = []
+    monkeypatch.setattr(streams, "_forgone", False)
+    before, results = torch.cuda.current_stream(), []
     for waits in (False, True):
         leaves = [nn.Parameter(leaf.detach().cuda()) for leaf in parameters(SHAPES)]
         optimizer = optimizer_of(leaves)
         if waits:
             monkeypatch.setattr(optimizer, "_stacks", WaitingStacks(leaves))
-        steps_on("cuda", leaves, optimizer, range(3))
-        assert optimizer._recordable != waits
+        steps_of(leaves, optimizer, range(3))
+        assert optimizer._recordable != waits and streams._forgone == waits
         results.append(leaves)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert caplog.text.count("cannot be captured as a CUDA graph") == 1
+    assert caplog.text.count("cannot be captured as a CUDA graph") == 1 and torch.cuda.current_stream() == before
+    first, second = (torch.rand(8, device="cuda") for _ in range(2))
+    assert not torch.equal(first, second)

@@ -82,14 +82,13 @@ def captured(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
         with capturing(inputs):
             return Graphs(network, inputs)
     except RuntimeError as error:  # an operation that waits for the GPU, for example
-        forgo_streams()
         logger.warning("The network cannot be captured as a CUDA graph and runs as it is: %s", error)
         return network
 
 
 @contextmanager
 def capturing(tensor: Tensor) -> Iterator[None]:
-    """Where CUDA graphs are recorded on the device of ``tensor``; if that fails, torch is left as it was before."""
+    """Where CUDA graphs are recorded on the device of ``tensor``; if that fails, what can be put right in torch is."""
     # A graph that the collector frees meanwhile, one of an earlier network, would end the capture.
     collecting = gc.isenabled()
     gc.collect()
@@ -99,6 +98,7 @@ def capturing(tensor: Tensor) -> Iterator[None]:
         with torch.cuda.device_of(tensor), torch.cuda.stream(torch.cuda.current_stream() if tensor.is_cuda else None):
             yield
     except RuntimeError:
+        forgo_streams()
         _draw_random_numbers_again(tensor.device)
         raise
     finally:
@@ -208,11 +208,13 @@ class _Replayed(torch.autograd.Function):
 def recorded(work: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
     """Each piece of work as a CUDA graph's ``replay``; they follow one another and share memory."""
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(WARM_UP_PASSES):
-            for piece in work:
-                piece()
-    torch.cuda.synchronize()
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(WARM_UP_PASSES):
+                for piece in work:
+                    piece()
+    finally:
+        torch.cuda.synchronize()  # after an error too: the caller may put right what the work has changed
     pool = torch.cuda.graph_pool_handle()
     graphs = [torch.cuda.CUDAGraph() for _ in work]
     for graph, piece in zip(graphs, work, strict=True):

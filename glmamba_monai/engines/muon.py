@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from glmamba_monai.engines.graphs import capturing, recorded
@@ -64,7 +65,8 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum (Muon) for the matrices of a network, Adam for its other parameters.
 
     ``torch.optim.Muon`` does the same for matrices alone and one by one, thousands of launches a step for `glmamba`;
-    here the matrices are orthogonalised in a few stacks (:class:`Stacks`), on a GPU by a CUDA graph: one launch.
+    here the matrices are orthogonalised in a few stacks (:class:`Stacks`), on a GPU by a CUDA graph: one launch. (Not
+    in a distributed training: a capture can fail beside the operations of all processes.)
 
     Args:
         params: the groups that :func:`parameter_groups` makes.
@@ -129,7 +131,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_sub_(parameters, self._stacks.orthogonalized(ahead, lr))
 
         run = update
-        if parameters[0].is_cuda and self._recordable:
+        if not parameters[0].is_cuda or (dist.is_available() and dist.is_initialized()):
+            self._recorded = None  # what it reads on the GPU may go
+        elif self._recordable:
             kept = [*parameters, *momenta]
             key = (momentum, *(tensor.data_ptr() for tensor in kept))  # others, if they were moved or a state loaded
             if self._recorded is None or self._recorded.key != key:
