@@ -36,8 +36,8 @@ class TrainingPlan:
         return min(self.warmup_steps, steps // 5)
 
 
-# Many small crops: at equal cost they beat fewer large ones (docs/training.md). The shipped weights for one factor have
-# this length.
+# Many small crops: at equal cost they beat fewer large ones. The shipped weights are of longer trainings
+# (docs/training.md).
 REAL_DATA = TrainingPlan(
     epochs=96,
     iterations_per_epoch=250,
