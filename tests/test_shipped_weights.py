@@ -19,7 +19,7 @@ from glmamba_monai.transforms import KSpaceLowResolution, KSpaceUpsample, ScaleB
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bundle" / "models"
-GENERAL, FOR_ONE = "model.pt", {2: "model_2x.pt", 3: "model_3x.pt", 4: "model_4x.pt"}
+GENERAL, FOR_ONE = "model.pt", {2: "model_2x.pt"}
 LIGHT = "glmamba_light/model.pt"
 NAMES = [GENERAL, *FOR_ONE.values(), LIGHT]  # MONAI Label takes the shortest name in models
 
