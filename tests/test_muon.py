@@ -349,7 +349,7 @@ def test_on_a_gpu_its_graph_follows_what_changes():
 
 
 class WaitingStacks(Stacks):
-    def orthogonalized(self, updates, rate=1.0):
+    def orthogonalized(self, updates, rate):
         assert updates[0].sum().isfinite().item()  # waits for the GPU
         return super().orthogonalized(updates, rate)
 

@@ -223,7 +223,7 @@ class Stacks:
             filled[: matrix.shape[0], : matrix.shape[1]] = matrix
         return stack
 
-    def orthogonalized(self, updates: Sequence[Tensor], rate: float | Tensor = 1.0) -> list[Tensor]:
+    def orthogonalized(self, updates: Sequence[Tensor], rate: float | Tensor) -> list[Tensor]:
         """The updates of all parameters orthogonalised, their root mean square about `UPDATE_SIZE` rates at full rank.
 
         The rate may be a tensor `()`, so that a CUDA graph can take another one in every step.
