@@ -181,14 +181,7 @@ def training_overrides(
         weights = root / "models" / (named if isinstance(named, str) else named[0])
         if not weights.is_file():
             raise FileNotFoundError(f"model_filename {weights.name}: there is no {weights}; send pretrained false")
-        loader = {
-            "_target_": "glmamba_monai.engines.WeightsLoader",
-            "network": "@net",
-            "name": "@network",
-            "folders": [],
-            "weights": str(weights),
-        }
-        ours["train#handlers"] = [loader, *overrides["train#handlers"]]
+        ours["initial_weights"] = str(weights)
     return ours
 
 
@@ -220,7 +213,8 @@ def use_trained_weights(bundle_root: PathLike, overrides: Mapping[str, Any]) -> 
 def _held_out_psnr(root: Path, weights: Path, overrides: Mapping[str, Any]) -> float:
     parser = ConfigParser()
     parser.read_config(root / "configs" / "train.json")
-    parser.update({**overrides, "resume": True, "train#handlers": [], "validate#handlers": []})  # its split, no curves
+    unused = {"initial_weights": None, "train#handlers": [], "validate#handlers": []}
+    parser.update({**overrides, **unused, "resume": True})  # its split
     load_weights(parser.get_parsed_content("net"), weights, parser.get_parsed_content("network"))
     evaluator = parser.get_parsed_content("validate#evaluator")
     evaluator.run()

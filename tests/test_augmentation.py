@@ -151,6 +151,49 @@ def test_every_draw_of_the_degradation_is_within_its_limits():
     assert share[True] == pytest.approx(0.7, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("shares", "factors", "expected"),
+    [
+        ((1, 1, 1), (2, 4), {2: 1 / 3, 3: 1 / 3, 4: 1 / 3}),
+        ((3, 1, 1), (2, 4), {2: 0.6, 3: 0.2, 4: 0.2}),
+        ((3, 1, 1), (2.5, 4), {3: 0.5, 4: 0.5}),
+        ((0, 0, 1), (2, 4), {4: 1}),
+    ],
+    ids=str,
+)
+def test_the_shares_of_the_whole_factors(shares, factors, expected):
+    degrade = RandLowResolutiond("target", "upsampled", "divisors", factors=factors, whole=1, shares=shares)
+    degrade.set_random_state(seed=0)
+    draws = 2000
+    seen = Counter()
+    for _ in range(draws):
+        degrade.randomize()
+        seen[degrade.factor] += 1
+    assert {factor: n / draws for factor, n in seen.items()} == pytest.approx(expected, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shares": (1, 1)},
+        {"shares": (2, -1, 1)},
+        {"shares": (0, 0, 0)},
+        {"shares": (0, 1, 1), "factors": (2, 2)},
+        {"factors": (2.2, 2.8)},
+    ],
+    ids=str,
+)
+def test_shares_that_fit_no_factor_are_refused(options):
+    with pytest.raises(ValueError, match=r"shares=\(.*: expected 3 numbers, .* within factors="):
+        RandLowResolutiond("target", "upsampled", "divisors", **options)
+
+
+def test_without_whole_factors_the_shares_do_not_matter():
+    degrade = RandLowResolutiond("target", "upsampled", "divisors", factors=(2.2, 2.8), whole=0)
+    degrade.randomize()
+    assert 2.2 <= degrade.factor <= 2.8
+
+
 def test_the_noise_is_that_of_the_magnitude_of_the_low_resolution():
     """In the air a Rician magnitude has the mean sqrt(pi / 2) sigma, in units of the divisor."""
     degrade = RandLowResolutiond("target", "upsampled", "divisors", noisy=1, zero_fill=1, noise_std=0.03)

@@ -307,6 +307,45 @@ def test_the_throughput_of_a_training_is_compared_with_its_bare_step(dataset_dir
     assert len(values) == 3 and values[2] == pytest.approx(values[1] / values[0], abs=0.02)
 
 
+# --- Beginning with weights that there are ---
+
+
+@pytest.mark.parametrize("files", [[TRAIN], [TRAIN, GENERAL]], ids=["train", "with an average"])
+def test_a_training_begins_with_weights_that_there_are(dataset_dir, tmp_path, files):
+    """A rate of nothing leaves them as they are, in the average, too, and so shows what it began with."""
+    given = build_network("srcnn_ref")
+    torch.nn.init.normal_(next(given.parameters()))
+    torch.save({name: tensor.half() for name, tensor in given.state_dict().items()}, tmp_path / "given.pt")
+    setup = {"files": files, "learning_rate": 0.0, "initial_weights": str(tmp_path / "given.pt"), "num_workers": 0}
+    made = train(dataset_dir, tmp_path / "results", **setup)
+    expected = {name: tensor.half().float() for name, tensor in given.state_dict().items()}
+    found = torch.load(tmp_path / "results" / "model.pt", weights_only=True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(v.cpu(), expected[k]) for k, v in made.parser.get_parsed_content("net").state_dict().items())
+
+
+def test_a_resumed_training_goes_on_with_its_own_weights(dataset_dir, results, tmp_path):
+    torch.save(build_network("srcnn_ref").state_dict(), tmp_path / "given.pt")
+    setup = {"initial_weights": str(tmp_path / "given.pt")}
+    train(dataset_dir, results, epochs=1, **setup)
+    checkpoint = weights_of(results)
+    train(dataset_dir, results, epochs=2, resume=True, learning_rate=0.0, **setup)
+    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in weights_of(results).items())
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("none.pt", "there is no such file"), ("other.pt", "they fit srcnn: name it with --network")]
+)
+def test_initial_weights_that_cannot_be_used_are_refused_before_anything_is_done(dataset_dir, results, file, message):
+    folder = Path(dataset_dir).parent
+    torch.save(build_network("srcnn").state_dict(), folder / "other.pt")
+    with pytest.raises(RuntimeError) as raised:
+        train(dataset_dir, results, initial_weights=str(folder / file))
+    assert message in str(root_cause(raised.value)) and str(folder / file) in str(root_cause(raised.value))
+    assert not (results / "checkpoint.pt").exists()
+
+
 # --- Crash and resume ---
 
 

@@ -290,18 +290,14 @@ def named(items):
 
 
 REQUEST = {"iterations_per_epoch": 3, "batch_size": 2, "crop_size": 16, "val_slices": 3, "val_split": 0.34}
-FROM_MONAI_LABEL = {"train#trainer#max_epochs": 2, "device": "cpu", "train#handlers": [], "bundle_root": "..."}
+FROM_MONAI_LABEL = {"train#trainer#max_epochs": 2, "device": "cpu", "train#handlers": [{}], "bundle_root": "..."}
 
 
 def test_training_in_the_app(tmp_path, make_subject_folder, app_bundle):
     """The overrides that the server hands over train the bundle; better weights take the place of the former."""
     items = named(enumerate(labelled(make_subject_folder, tmp_path / "data", 3)))
-    config = ConfigWorkflow(config_file=str(BUNDLE / "configs" / "train.json"), workflow_type="train")
-    handlers = config.parser["train#handlers"]
-    given = {**FROM_MONAI_LABEL, "train#handlers": handlers}
     long_enough = {**REQUEST, "iterations_per_epoch": 30}  # to be better than weights that are zero-filling
-    overrides = label_app.training_overrides(app_bundle, items, long_enough, given)
-    assert all(isinstance(handler, dict) for handler in overrides["train#handlers"])
+    overrides = label_app.training_overrides(app_bundle, items, long_enough, FROM_MONAI_LABEL)
     overrides.update(network="srcnn_ref", warmup_steps=1)
     made = ConfigWorkflow(
         config_file=str(app_bundle / "configs" / "train.json"), workflow_type="train", logging_file=False, **overrides
@@ -346,8 +342,8 @@ def test_a_training_request(tmp_path, app_bundle, request_, expected):
     (app_bundle / "models" / "previous-model.pt").touch()
     items = [{"image": f"{n}.nii.gz", "label": f"final/{n}.nii.gz"} for n in "ab"]
     found = label_app.training_overrides(app_bundle, items, request_, FROM_MONAI_LABEL)
-    loaders = [Path(h["weights"]).name for h in found.get("train#handlers", [])]
-    assert loaders == ([expected["weights"]] if expected["weights"] else [])
+    begins_with = found.get("initial_weights")
+    assert (begins_with and Path(begins_with)) == (expected["weights"] and app_bundle / "models" / expected["weights"])
     assert {k: found.get(k) for k in ("scale", "validation")} == {k: expected.get(k) for k in ("scale", "validation")}
     assert found["epochs"] == 2 and found["device"] == "$torch.device('cpu')"
 

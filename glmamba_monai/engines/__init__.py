@@ -1,4 +1,11 @@
-from glmamba_monai.engines.checkpoint import TrainingState, WeightAverage, WeightsLoader, find_weights, load_weights
+from glmamba_monai.engines.checkpoint import (
+    TrainingState,
+    WeightAverage,
+    WeightsLoader,
+    find_weights,
+    load_weights,
+    with_initial_weights,
+)
 from glmamba_monai.engines.distributed import join_process_group
 from glmamba_monai.engines.downstream import (
     DownstreamResults,
@@ -58,4 +65,5 @@ __all__ = [
     "trained_network",
     "trained_segmenter",
     "training_plan",
+    "with_initial_weights",
 ]

@@ -87,6 +87,23 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str], name: str) ->
     network.load_state_dict(read_weights(network, path, name))
 
 
+def with_initial_weights(network: nn.Module, path: str | os.PathLike[str] | None, name: str) -> nn.Module:
+    """The network a training begins with: as it was built, or with the weights of an earlier training.
+
+    Args:
+        network: as it was built.
+        path: file of the weights, see :func:`load_weights`; None for none.
+        name: registered name of the network, for the message.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_weights`.
+    """
+    if path is not None:
+        load_weights(network, path, name)
+        logger.info("the training of %s begins with the weights of %s", name, path)
+    return network
+
+
 def read_weights(network: nn.Module, path: str | os.PathLike[str], name: str) -> dict[str, torch.Tensor]:
     """The weights in a file, which fit a network; the network stays as it is.
 

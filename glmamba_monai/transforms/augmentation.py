@@ -64,10 +64,15 @@ class RandLowResolutiond(Randomizable, Transform):
         upsampling: mode of :class:`KSpaceUpsample`.
         factors: smallest and largest factor; both axes have the same.
         whole: how often the factor is one of :data:`FACTORS` instead of any number between the limits.
+        shares: how these draws are shared out among :data:`FACTORS`, such as (3, 1, 1) for three of five at the first;
+            what lies outside the limits gets none.
         zero_fill: how often the low resolution is what a scanner has interpolated to the full matrix (mode
             ``"zero_fill"`` of :class:`KSpaceLowResolution`) instead of a smaller matrix.
         noisy: how often there is noise in k-space.
         noise_std: largest standard deviation of that noise, in units of the divisor.
+
+    Raises:
+        ValueError: the shares do not fit the factors.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class RandLowResolutiond(Randomizable, Transform):
         upsampling: str = "zero_fill",
         factors: Sequence[float] = (FACTORS[0], FACTORS[-1]),
         whole: float = 0.7,
+        shares: Sequence[float] = (1,) * len(FACTORS),
         zero_fill: float = 0.1,
         noisy: float = 0.2,
         noise_std: float = 0.03,
@@ -88,14 +94,21 @@ class RandLowResolutiond(Randomizable, Transform):
         self.upsample = KSpaceUpsample(upsampling)
         self.factors = factors
         self.whole = whole
+        within = [factors[0] <= f <= factors[-1] for f in FACTORS]
+        if len(shares) != len(FACTORS) or min(shares) < 0 or (whole > 0 and not any(np.multiply(shares, within))):
+            raise ValueError(
+                f"shares={shares!r}: expected {len(FACTORS)} numbers, none negative, of the factors {FACTORS}, and one "
+                f"above 0 for a factor within factors={factors!r}"
+            )
+        self.chances = np.multiply(shares, within) / max(np.dot(shares, within), 1e-9)
         self.zero_fill = zero_fill
         self.noisy = noisy
         self.noise_std = noise_std
 
     def randomize(self, data: Any = None) -> None:
         smallest, largest = self.factors
-        among = [f for f in FACTORS if smallest <= f <= largest]
-        self.factor = float(self.R.choice(among) if self.R.rand() < self.whole else self.R.uniform(smallest, largest))
+        whole = self.R.rand() < self.whole
+        self.factor = float(self.R.choice(FACTORS, p=self.chances) if whole else self.R.uniform(smallest, largest))
         self.mode = "zero_fill" if self.R.rand() < self.zero_fill else "crop"
         self.noise = self.R.uniform(0, self.noise_std) if self.R.rand() < self.noisy else 0.0
         self.noise_seed = int(self.R.randint(2**31))
