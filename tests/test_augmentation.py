@@ -173,19 +173,32 @@ def test_the_shares_of_the_whole_factors(shares, factors, expected):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"shares": (1, 1)},
-        {"shares": (2, -1, 1)},
-        {"shares": (0, 0, 0)},
-        {"shares": (0, 1, 1), "factors": (2, 2)},
-        {"factors": (2.2, 2.8)},
+        ({"shares": (1, 1)}, r"shares=\(1, 1\): expected 3 numbers, none negative"),
+        ({"shares": (2, -1, 1)}, r"shares=\(2, -1, 1\): expected 3 numbers, none negative"),
+        ({"shares": (0, 0, 0)}, r"whole=0\.7: expected 0, or one of the factors .* found shares=\(0, 0, 0\)"),
+        ({"shares": (0, 1, 1), "factors": (2, 2)}, r"whole=0\.7: .* within factors=\(2, 2\)"),
+        ({"factors": (2.2, 2.8)}, r"whole=0\.7: .* within factors=\(2\.2, 2\.8\)"),
     ],
     ids=str,
 )
-def test_shares_that_fit_no_factor_are_refused(options):
-    with pytest.raises(ValueError, match=r"shares=\(.*: expected 3 numbers, .* within factors="):
+def test_shares_that_fit_no_factor_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         RandLowResolutiond("target", "upsampled", "divisors", **options)
+
+
+@pytest.mark.parametrize("factors", [(2, 4), (2, 2)])
+def test_equal_shares_are_drawn_as_ever(factors):
+    """A training that was begun before there were shares goes on with the same draws."""
+    degrade = RandLowResolutiond("target", "upsampled", "divisors", factors=factors)
+    among = [f for f in (2, 3, 4) if factors[0] <= f <= factors[1]]
+    for seed in range(40):
+        degrade.set_random_state(seed=seed)
+        degrade.randomize()
+        chance = np.random.RandomState(seed)
+        assert degrade.factor == (chance.choice(among) if chance.rand() < 0.7 else chance.uniform(*factors))
+        assert degrade.mode == ("zero_fill" if chance.rand() < 0.1 else "crop")
 
 
 def test_without_whole_factors_the_shares_do_not_matter():

@@ -72,7 +72,7 @@ class RandLowResolutiond(Randomizable, Transform):
         noise_std: largest standard deviation of that noise, in units of the divisor.
 
     Raises:
-        ValueError: the shares do not fit the factors.
+        ValueError: the shares are not as many as the factors, negative, or leave no factor to draw.
     """
 
     def __init__(
@@ -94,13 +94,20 @@ class RandLowResolutiond(Randomizable, Transform):
         self.upsample = KSpaceUpsample(upsampling)
         self.factors = factors
         self.whole = whole
-        within = [factors[0] <= f <= factors[-1] for f in FACTORS]
-        if len(shares) != len(FACTORS) or min(shares) < 0 or (whole > 0 and not any(np.multiply(shares, within))):
+        if len(shares) != len(FACTORS) or min(shares) < 0:
             raise ValueError(
-                f"shares={shares!r}: expected {len(FACTORS)} numbers, none negative, of the factors {FACTORS}, and one "
-                f"above 0 for a factor within factors={factors!r}"
+                f"shares={shares!r}: expected {len(FACTORS)} numbers, none negative, of the factors {FACTORS}"
             )
-        self.chances = np.multiply(shares, within) / max(np.dot(shares, within), 1e-9)
+        drawn = {f: share for f, share in zip(FACTORS, shares) if share > 0 and factors[0] <= f <= factors[-1]}
+        if whole > 0 and not drawn:
+            raise ValueError(
+                f"whole={whole!r}: expected 0, or one of the factors {FACTORS} within factors={factors!r} with a share "
+                f"above 0, found shares={shares!r}"
+            )
+        self.among = list(drawn)
+        # None is "equal": for numpy another way to draw, that of all trainings so far.
+        equal = len(set(drawn.values())) <= 1
+        self.chances = None if equal else [share / sum(drawn.values()) for share in drawn.values()]
         self.zero_fill = zero_fill
         self.noisy = noisy
         self.noise_std = noise_std
@@ -108,7 +115,7 @@ class RandLowResolutiond(Randomizable, Transform):
     def randomize(self, data: Any = None) -> None:
         smallest, largest = self.factors
         whole = self.R.rand() < self.whole
-        self.factor = float(self.R.choice(FACTORS, p=self.chances) if whole else self.R.uniform(smallest, largest))
+        self.factor = float(self.R.choice(self.among, p=self.chances) if whole else self.R.uniform(smallest, largest))
         self.mode = "zero_fill" if self.R.rand() < self.zero_fill else "crop"
         self.noise = self.R.uniform(0, self.noise_std) if self.R.rand() < self.noisy else 0.0
         self.noise_seed = int(self.R.randint(2**31))
