@@ -1,6 +1,9 @@
-"""What a wrong reference does: PSNR and SSIM with the right one, another subject's, none, a shifted and a rotated one.
+"""What a wrong reference does: PSNR and SSIM with the right one, another subject's, none, a moved and a changed one.
 
 python benchmarks/reference_safety.py --dataset_dir DATA --subject patient07 --scale 2
+
+Moved is shifted or rotated; changed, as by another sequence or a poor scan, has inverted contrast, another gamma or
+Rician noise. docs/make_reference_curves.py draws what --output_dir writes.
 """
 
 from __future__ import annotations
@@ -9,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fire
+import numpy as np
 import torch
 from monai.bundle import ConfigParser
-from monai.transforms import Compose, Orientation, ResizeWithPadOrCrop
+from monai.transforms import Compose, Orientation, RandRicianNoise, ResizeWithPadOrCrop
 from nibabel import aff2axcodes
 from scipy import ndimage
 from timing import print_row, print_table
@@ -22,12 +26,15 @@ from glmamba_monai.bundle import weights_folders
 from glmamba_monai.data import dataset_or_demo, find_items
 from glmamba_monai.data.datalist import patient_of
 from glmamba_monai.engines.checkpoint import find_weights, load_weights
+from glmamba_monai.files import require_writable, write_csv
 from glmamba_monai.metrics import slice_metrics
 from glmamba_monai.ops import keep_freed_memory
-from glmamba_monai.transforms import LoadVolume, ScaleByPercentile
+from glmamba_monai.transforms import LoadVolume, ScaleByPercentile, inverted_contrast
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundle"
 PIXELS, DEGREES = (1, 2, 4), (1, 2, 5)
+GAMMA, NOISE, SEED = 1.5, 0.05, 0  # where the 99.9th percentile of the volume is 1
+COLUMNS = ("reference", "psnr", "ssim", "psnr_over_zero_filling", "ssim_over_zero_filling")
 
 
 def shifted(reference: Tensor, pixels: int) -> Tensor:
@@ -41,6 +48,17 @@ def rotated(reference: Tensor, degrees: float) -> Tensor:
     """``(1, X, Y, S)`` rotated in plane about its centre, from x towards y, by cubic splines; zeros move in."""
     turned = ndimage.rotate(reference.numpy(), degrees, axes=(1, 2), reshape=False, order=3)
     return torch.from_numpy(turned)
+
+
+def with_gamma(reference: Tensor) -> Tensor:
+    """Any shape, to the power of ``GAMMA``; what is negative becomes 0."""
+    return reference.clamp(min=0) ** GAMMA
+
+
+def with_noise(reference: Tensor) -> Tensor:
+    """Any shape, with Rician noise of standard deviation ``NOISE``, the same whenever it is called."""
+    add_noise = RandRicianNoise(prob=1, std=NOISE, sample_std=False).set_random_state(SEED)
+    return add_noise(reference).as_tensor()
 
 
 def of_another(file: str, reference: Tensor) -> Tensor:
@@ -74,6 +92,9 @@ def references(right: Tensor, wrong: Tensor, name: str) -> Iterator[tuple[str, T
         yield f"shifted by {pixels} pixel{'s' * (pixels > 1)}", shifted(right, pixels)
     for degrees in DEGREES:
         yield f"rotated by {degrees} degree{'s' * (degrees > 1)}", rotated(right, degrees)
+    yield "contrast inverted", inverted_contrast(right)
+    yield f"gamma {GAMMA}", with_gamma(right)
+    yield f"Rician noise of {NOISE}", with_noise(right)
 
 
 @torch.inference_mode()
@@ -96,8 +117,9 @@ def main(
     slices: int | None = 24,
     batch_size: int = 1,
     device: str = "cpu",
+    output_dir: str | None = None,
 ) -> None:
-    """Print a Markdown table; data and metrics are those of evaluate.json.
+    """Print a Markdown table, and write it as CSV; data and metrics are those of evaluate.json.
 
     Args:
         weights: file of weights; if there is none, the bundle's for that factor.
@@ -111,7 +133,13 @@ def main(
         slices: so many, evenly spaced; None for all.
         batch_size: slices at once.
         device: cpu or cuda.
+        output_dir: folder to write reference_safety_SCALE.csv into, over one of another run; none for printing alone.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
+    if output_dir is not None:
+        require_writable(output_dir)
     keep_freed_memory(device)
     items, _ = find_items(dataset_or_demo(dataset_dir), target, reference)
     found, wrong = find_pair([item for section in items.values() for item in section], subject, other)
@@ -139,14 +167,18 @@ def main(
     for name, image in references(right, with_other["image"].as_tensor()[1:], wrong["subject"]):
         rows[name] = figures(super_resolve(net, torch.cat((upsampled, image)), batch_size, device, name))
 
+    base = rows["zero-filling"]
+    table = [dict(zip(COLUMNS, (name, *row, *(a - b for a, b in zip(row, base))))) for name, row in rows.items()]
     print(
         f"{network} ({path}), {target} with {reference}, {found['subject']} at {scale}x, {right.shape[-1]} slices; "
         "mean over slices"
     )
     print_table("reference", "PSNR (dB)", "SSIM", "PSNR over zero-filling (dB)", "SSIM over zero-filling")
-    for name, (psnr, ssim) in rows.items():
-        over = psnr - rows["zero-filling"][0], ssim - rows["zero-filling"][1]
-        print_row(name, f"{psnr:.2f}", f"{ssim:.4f}", f"{over[0]:+.2f}", f"{over[1]:+.4f}")
+    for name, psnr, ssim, over_psnr, over_ssim in (row.values() for row in table):
+        print_row(name, f"{psnr:.2f}", f"{ssim:.4f}", f"{over_psnr:+.2f}", f"{over_ssim:+.4f}")
+    if output_dir is not None:
+        factors = "_".join(f"{factor:g}" for factor in np.atleast_1d(scale))
+        write_csv(Path(output_dir) / f"reference_safety_{factors}.csv", table, COLUMNS)
 
 
 if __name__ == "__main__":

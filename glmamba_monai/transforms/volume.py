@@ -448,7 +448,7 @@ class ForegroundSlicesd(MapTransform):
 
 
 class NameOutputd(MapTransform):
-    """Give a result the name of its subject, which ``SaveImaged`` then saves it under.
+    """Give a result the name of its subject, which ``SaveVolumed`` then saves it under.
 
     Args:
         keys: the results.
