@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +37,7 @@ from ignite.engine import Engine
 from monai.bundle import ConfigParser
 from scipy import stats
 from timing import Stopwatch, Training, allow_tf32, milliseconds, names, numbers, print_heading
+from torch import Tensor
 
 from glmamba_monai.data.datalist import find_items, patient_of, split_subjects
 from glmamba_monai.engines import SubjectMetrics
@@ -44,8 +46,9 @@ from glmamba_monai.engines.evaluation import BASELINES, METRICS_FILE, SUMMARY_FI
 from glmamba_monai.engines.progress import format_duration
 from glmamba_monai.files import require_writable, write_atomically, write_csv, write_json
 from glmamba_monai.metrics import CONVENTIONS
-from glmamba_monai.networks import NETWORKS, build_network, find_network
+from glmamba_monai.networks import NETWORKS, build_network, find_network, upsampling_of
 from glmamba_monai.networks.cost import count_cost
+from glmamba_monai.transforms import KSpaceDataConsistency, KSpaceLowResolution, KSpaceUpsample
 
 FOLDER = Path(__file__).resolve().parent
 CONFIGS = FOLDER.parent / "bundle" / "configs"
@@ -84,6 +87,7 @@ TABLE4 = {  # parameters (M) / FLOPs (G), by the paper's way of counting
     "SANet": "7.187 / 404.7",
     "GLMamba": "1.187 / 32.27",
 }
+TABLE4_SCALE = 2  # of its low-resolution slices; a network costs the same at any factor
 PUBLISHED_AS = {"srcnn": "SRCNN", "glmamba_paper": "GLMamba"}
 
 # --- how the rows are trained --------------------------------------------------------------------------------------
@@ -948,7 +952,7 @@ def table4(
 
     Args:
         output_dir: folder of table4.md; none for printing alone.
-        networks: registered names, separated by commas.
+        networks: registered names, separated by commas; the interpolations are always there.
         size: side of the square slice in pixels.
         batch: slices at once.
         seconds: time spent on each figure.
@@ -959,13 +963,32 @@ def table4(
     stopwatch = Stopwatch(device, seconds, threads)
     heading = io.StringIO()
     with redirect_stdout(heading):
-        print_heading(stopwatch, f"Inference of {batch} slice(s) of {size}x{size}, tf32 allowed in fp32.")
+        print_heading(
+            stopwatch,
+            f"Inference of {batch} slice(s) of {size}x{size} on {device}, tf32 allowed in fp32. A network's row is the "
+            "network alone: the upsampling of its low-resolution slice comes on top, as in the row zero_filling. "
+            "'+ data consistency' is what that adds to any row where it is switched on; memory is each row's own peak, "
+            f"not to be added. The interpolations and data consistency are of {TABLE4_SCALE}x and always in fp32. All "
+            "rows are of this device; the bundle itself upsamples on the CPU.",
+        )
     precisions = {"fp32": False, "bf16 autocast": True} if device == "cuda" else {"fp32": False}
-    head = ["network", "parameters (M)", "GMAC", "scan (GFLOP)", "paper's count: parameters (M) / GMAC"]
+    head = ["method", "parameters (M)", "GMAC", "scan (GFLOP)", "paper's count: parameters (M) / GMAC"]
     head += ["published: parameters (M) / FLOPs (G)"]
     head += [f"{what}, {name}" for name in precisions for what in ("ms a slice", "memory (MB)")]
+
+    def measured(spent: float, call: Callable[[], object], inputs: Iterable[Tensor]) -> list[str]:
+        return [milliseconds(spent / batch), peak_memory(call, inputs) if device == "cuda" else NOTHING]
+
+    steps = steps_beside_networks(torch.rand(1, size, size, batch, device=device))
     lines = []
+    for name, spent in stopwatch.medians(steps).items():
+        inputs = [x for x in steps[name].args if isinstance(x, Tensor)]
+        cells = [name, "0", *[NOTHING] * 4, *measured(spent, steps[name], inputs)]
+        lines.append(cells + [NOTHING] * (len(head) - len(cells)))
+    consistency = lines.pop()
     for name in names(networks):
+        if name in BASELINES:
+            continue
         cost = count_cost(build_network(name), size, size)
         cells = [
             name,
@@ -977,10 +1000,12 @@ def table4(
         ]
         for bf16 in precisions.values():
             slices = torch.rand(batch, 2, size, size, device=device)
-            inference = Training(build_network(name).to(device).eval(), torch.nn.functional.l1_loss, slices, bf16)
-            spent = stopwatch.medians({name: inference.forward})[name] / batch
-            cells += [milliseconds(spent), inference_memory(inference) if device == "cuda" else NOTHING]
+            network = build_network(name).to(device).eval()
+            forward = Training(network, torch.nn.functional.l1_loss, slices, bf16).forward
+            spent = stopwatch.medians({name: forward})[name]
+            cells += measured(spent, forward, (*network.parameters(), *network.buffers(), slices))
         lines.append(cells)
+    lines.append(consistency)
     others = [name for name in TABLE4 if name not in PUBLISHED_AS.values()]
     empty = [NOTHING] * (len(head) - 6)
     lines += [[f"{name} (published)", *[NOTHING] * 4, TABLE4[name], *empty] for name in others]
@@ -990,14 +1015,25 @@ def table4(
         write_atomically(Path(output_dir) / "table4.md", lambda p: p.write_text(text + "\n", encoding="utf-8"))
 
 
-def inference_memory(inference: Training) -> str:
-    """Peak megabytes on the GPU of a forward pass, with the network and its batch."""
-    network = inference.network
-    own = sum(x.nbytes for x in (*network.parameters(), *network.buffers(), inference.batch))
+def steps_beside_networks(target: Tensor) -> dict[str, partial[Tensor]]:
+    """What a result costs beside a network: each interpolation, then data consistency.
+
+    Args:
+        target: slices ``(1, X, Y, S)``, whose low-resolution image is made and used on their device.
+    """
+    low = KSpaceLowResolution(TABLE4_SCALE)(target)
+    steps = {name: partial(KSpaceUpsample(upsampling_of(name)), low, target.shape[1:]) for name in BASELINES}
+    return {**steps, "+ data consistency": partial(KSpaceDataConsistency(), steps["bicubic"](), low)}
+
+
+def peak_memory(call: Callable[[], object], inputs: Iterable[Tensor]) -> str:
+    """Peak megabytes on the GPU of a call, with its inputs, which are there already."""
+    own = sum(x.nbytes for x in inputs)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    inference.forward()
-    return f"{(torch.cuda.max_memory_allocated() - before + own) / 1e6:.0f}"
+    call()
+    megabytes = (torch.cuda.max_memory_allocated() - before + own) / 1e6
+    return f"{megabytes:.0f}" if megabytes >= 10 else f"{megabytes:.2g}"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
+from monai.bundle import ConfigParser
 
 from glmamba_monai.networks import NETWORKS
 
@@ -228,17 +229,60 @@ def test_curve_and_its_picture(tables, tmp_path, monkeypatch):
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_CUDA)])
-def test_table_of_costs(tables, tmp_path, capsys, device):
-    tables.table4(str(tmp_path), "srcnn,srcnn_ref", size=16, batch=2, seconds=0, threads=1, device=device)
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_CUDA)])
+
+
+@DEVICES
+def test_table_of_costs(tables, tmp_path, capsys, monkeypatch, device):
+    timed, medians = {}, tables.Stopwatch.medians
+    monkeypatch.setattr(tables.Stopwatch, "medians", lambda self, calls: timed.update(calls) or medians(self, calls))
+    networks = "srcnn,bicubic,srcnn_ref"  # an interpolation has its row already
+    tables.table4(str(tmp_path), networks, size=16, batch=2, seconds=0, threads=1, device=device)
     text = (tmp_path / "table4.md").read_text()
     assert text == capsys.readouterr().out
     found = cells(text)
     assert len({len(row) for row in found.values()}) == 1
+    steps, published = ["zero_filling", "bicubic", "+ data consistency"], ["MINet", "WavTrans", "SANet"]
+    expected = [*steps[:2], "srcnn", "srcnn_ref", steps[2], *(f"{name} (published)" for name in published)]
+    assert [name for name in found if name not in ("method", "---")] == expected
     # 9x9 to 64 channels, 5x5 to 32, 5x5 to 1, with biases.
     assert found["srcnn"][0] == found["srcnn"][3].split(" / ")[0] == f"{(5248 + 51232 + 801) / 1e6:.3f}"
     assert all(float(cell) > 0 for cell in found["srcnn_ref"][5 :: 1 if device == "cuda" else 2])
     assert found["SANet (published)"][4] == "7.187 / 404.7"
+    nothing = tables.NOTHING
+    for name in steps:
+        assert found[name][:5] == ["0", *[nothing] * 4] and float(found[name][5]) > 0
+        assert float(found[name][6]) > 0 if device == "cuda" else found[name][6] == nothing
+        assert set(found[name][7:]) <= {nothing}  # there is no bf16 of them
+        image = timed[name]()
+        assert image.shape == (1, 16, 16, 2) and image.device.type == device
+
+
+@DEVICES
+def test_what_is_timed_beside_the_networks_is_what_the_configs_do(tables, make_brain, device):
+    def transforms(config, keys, kind):
+        """The transforms of one class in a list of a config, built as the bundle builds them."""
+        found = json.loads((tables.CONFIGS / f"{config}.json").read_text())
+        for key in keys:
+            found = found[key]
+        found = [dict(entry, _disabled_=False) for entry in found if entry["_target_"].endswith(f".{kind}")]
+        return ConfigParser({"scale": 2, "transforms": found}).get_parsed_content("transforms")
+
+    target = torch.from_numpy(make_brain()["t2"][None]).to(device)
+    steps = tables.steps_beside_networks(target)
+    item = {"target": target, "reference": target}
+    for transform in (
+        *transforms("train", ("train", "deterministic_transforms"), "KSpaceLowResolutiond"),
+        *transforms("train", ("validate", "baselines"), "KSpaceUpsampled"),
+    ):
+        item = transform(item)
+    (make_consistent,) = transforms("inference", ("postprocessing", "transforms"), "KSpaceDataConsistencyd")
+    consistent = make_consistent({**item, "pred": item["bicubic"]})["pred"]
+    assert not torch.allclose(consistent, item["bicubic"], rtol=0.01)  # there was something to do
+    expected = {"zero_filling": item["zero_filling"], "bicubic": item["bicubic"], "+ data consistency": consistent}
+    assert list(steps) == list(expected)
+    for name, image in expected.items():
+        assert torch.equal(steps[name](), image) and image.device == target.device
 
 
 # --- slices
