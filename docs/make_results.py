@@ -195,7 +195,7 @@ def main(
     Args:
         subject_dir: folder with target and reference; a subject of the phantom if there is none.
         weights: file of weights of each network, in the order of the rows, None for the bundle's for that factor;
-            glmamba with those if there is none.
+            glmamba_light and glmamba with those if there is none.
         target: contrast to super-resolve.
         reference: contrast that guides.
         scales: one factor or several.
@@ -208,7 +208,7 @@ def main(
         pair = load_slice(folder, target, reference, scale, index)
         heading = f"{folder.parent.name}/{folder.name}, {target.upper()} at {scale:g}x"
         contrasts = (f"{target.upper()}, truth", f"{reference.upper()}, reference")
-        found = super_resolve(weights or {"glmamba": None}, pair, scale)
+        found = super_resolve(weights or {"glmamba_light": None, "glmamba": None}, pair, scale)
         figure = make_figure(pair, found, heading, contrasts)
         path = Path(output_dir) / f"{folder.name}_{scale:g}x.png"
         write_atomically(path, lambda p, figure=figure: figure.savefig(p, dpi=100))
