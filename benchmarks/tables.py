@@ -223,7 +223,7 @@ class Protocol:
         evaluation = ConfigParser()
         evaluation.read_config([str(TRAIN), str(EVALUATE)])
         # An option of what only an overlay has would be an error there.
-        self.of_trainings = {name for name in self.options if "#" in name and name.rpartition("#")[0] not in evaluation}
+        self.of_trainings = {name for name in self.options if (name.rpartition("#")[0] or name) not in evaluation}
         self.length = {name: parser.get_parsed_content(name) for name in LENGTH}
         self.pair = {name: parser[name] for name in ("target", "reference")}
         datalist, split = find_items(dataset_dir, **self.pair, layout=parser["layout"])

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from fire.parser import DefaultParseValue
+from monai.bundle import ConfigParser, run
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 
 def locate_bundle(look_at_command_line: bool = True) -> str:
@@ -45,11 +53,52 @@ def weights_folders(bundle_root: str | os.PathLike[str], network: str) -> list[s
     return [*([str(own)] if own.is_dir() else []), str(models)]
 
 
+def require_known_options(command_line: Sequence[str] | None = None) -> None:
+    """Refuse an option of ``python -m monai.bundle run`` that no config has.
+
+    MONAI takes every option as an item of the config, so that one that is misspelt changes nothing and is found out
+    after hours, if at all. Known are what the configs have at their top, MONAI's own options, and what another option
+    refers to (``@name``); of ``a#b`` only ``a`` is looked at. Configs begin with this in ``initialize``.
+
+    Args:
+        command_line: program and arguments; those of this process by default. Another program's are left alone.
+
+    Raises:
+        ValueError: there is such an option.
+    """
+    program, *arguments = sys.argv if command_line is None else command_line
+    if Path(program).parts[-3:] != ("monai", "bundle", "__main__.py") or arguments[:1] != ["run"]:
+        return
+    options = _options(arguments[1:])
+    if "args_file" in options:
+        options = {**ConfigParser.load_config_file(options["args_file"]), **options}
+    files = options.get("config_file", [])
+    files = DefaultParseValue(files) if isinstance(files, str) else files  # a list is typed as one text
+    known = {*inspect.signature(run).parameters, "help", *ConfigParser.load_config_files(files)}
+    if "tracking" in options:
+        known |= DEFAULT_MLFLOW_SETTINGS["configs"].keys()
+    known |= set(re.findall(r"[@%](\w+)", " ".join(map(str, options.values()))))
+    for option in options:
+        name = re.split("#|::", option.lstrip("+~"))[0]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean --{close[0]}?" if close else ""
+            raise ValueError(f"--{option}: there is no such option in {files}{meant}")
+
+
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    """Names and values of the options on a command line, as Fire reads them."""
+    options = {}
+    for argument, following in zip(arguments, [*arguments[1:], "--"]):
+        if re.match("--?[A-Za-z_+~]", argument):
+            name, equals, value = argument.lstrip("-").partition("=")
+            options[name.replace("-", "_")] = value if equals else following
+    return options
+
+
 def _bundles_of_command_line(arguments: list[str]) -> list[Path]:
-    for i, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name.lstrip("-").replace("-", "_") == "config_file":
-            value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
-            first = value.strip("[]() ").split(",")[0].strip("'\" ")
-            return [Path(first).resolve().parent.parent]
-    return []
+    named = _options(arguments).get("config_file")
+    if named is None:
+        return []
+    first = named.strip("[]() ").split(",")[0].strip("'\" ")
+    return [Path(first).resolve().parent.parent]

@@ -18,7 +18,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metad
 from monai.engines import SupervisedTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glmamba_monai.bundle import locate_bundle, weights_folders
+from glmamba_monai.bundle import locate_bundle, require_known_options, weights_folders
 from glmamba_monai.engines import Muon, SliceTrainer, load_weights, stacked_items, super_resolved_items
 from glmamba_monai.inference import root_cause
 from glmamba_monai.networks import build_network
@@ -616,6 +616,71 @@ def test_the_commands_as_typed_from_any_folder(dataset_dir, results, tmp_path, s
     assert sorted(folder.iterdir()) == before
     assert (results / "summary.json").is_file()
     assert len(list((tmp_path / "sr").iterdir())) == 4
+
+
+PROGRAM = "/somewhere/monai/bundle/__main__.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epoch", "3"], r"--epoch: there is no such option in .*train\.json; did you mean --epochs\?"),
+        (["--epoch=3"], r"--epoch: .* did you mean --epochs\?"),
+        (["--epochs", "3", "--val-slice", "2"], r"--val_slice: .* did you mean --val_slices\?"),
+        (["--trian#slices#first_pair", "0.7"], r"--trian#slices#first_pair: .* did you mean --train\?"),
+        (["--trian::slices::first_pair", "0.7"], r"--trian::slices::first_pair: .* did you mean --train\?"),
+        (["--weights", "model.pt"], r"--weights: there is no such option in "),  # of evaluate.json
+        (["--experiment_name", "one"], r"--experiment_name: there is no such option in "),
+        (["--frequency", "3"], r"--frequency: there is no such option in [^;]*$"),  # nothing is like it
+    ],
+    ids=str,
+)
+def test_a_misspelt_option_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        require_known_options([PROGRAM, "run", "training", "--config_file", TRAIN, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments"),
+    [
+        (TRAIN, ["--epochs", "3", "--train#slices#first_pair", "0.7", "--run_id=training"]),
+        (TRAIN, ["--val-slices", "-3", "--optimizer", "@mine", "--mine", "{'_target_': 'torch.optim.SGD'}"]),
+        (TRAIN, ["--tracking", "mlflow", "--experiment_name", "one"]),
+        (f"['{TRAIN}','{EVALUATE}']", ["--weights", "model.pt"]),
+        (f"{TRAIN},{GENERAL}", ["--validation_scales", "[2]", "--train::augmentation", "None"]),
+        (INFERENCE, ["--image", "a.nii.gz"]),
+    ],
+    ids=str,
+)
+def test_options_that_mean_something_are_taken(files, arguments):
+    require_known_options([PROGRAM, "run", "--config_file", files, *arguments])
+    require_known_options([PROGRAM, "run", f"--config_file={files}", *arguments])
+
+
+def test_options_from_a_file_are_looked_at_too(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps({"config_file": [TRAIN], "epochs": 3, "batchsize": 4}))
+    with pytest.raises(ValueError, match=r"--batchsize: .* did you mean --batch_size\?"):
+        require_known_options([PROGRAM, "run", "training", "--args_file", str(tmp_path / "args.json")])
+
+
+def test_the_options_of_another_program_are_left_alone():
+    for program, command in ((PROGRAM, "ckpt_export"), ("/bin/pytest", "run"), ("/monai/bundle/other.py", "run")):
+        require_known_options([program, command, "--config_file", TRAIN, "--epoch", "3"])
+    require_known_options([PROGRAM])
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+def test_every_config_looks_at_its_options_first(file):
+    steps = json.loads(file.read_text()).get("initialize")
+    assert steps is None or steps[0] == "$glmamba_monai.bundle.require_known_options()"
+
+
+def test_a_misspelt_option_ends_the_command_before_anything_is_done(dataset_dir, tmp_path):
+    arguments = options(dataset_dir=dataset_dir, output_dir=tmp_path / "results", epoch=1)
+    done = subprocess.run(**command_line("training", "--config_file", TRAIN, *arguments, folder=tmp_path), check=False)
+    errors = [line for line in done.stdout.splitlines() if "Error:" in line]
+    assert done.returncode and "did you mean --epochs?" in errors[0]
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.slow

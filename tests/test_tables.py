@@ -448,13 +448,19 @@ def test_overlays_are_of_the_trainings_alone_and_part_of_the_protocol(tables, bu
 
 
 def test_an_option_of_an_overlay_alone_is_no_option_of_the_evaluation(tables, bundle, arguments):
-    own = {"train#augmentation#transforms#9#noisy": 0.5, "train#slices#first_pair": 0.9}
+    own = {
+        "train#augmentation#transforms#9#noisy": 0.5,
+        "train#slices#first_pair": 0.9,
+        "validation_scales": [2, 3],
+        "val_batch_size": 2,
+    }
     tables.table2(
         **arguments, networks="srcnn", overlays="train_general", **own, **{"train#augmentation#keys": "image"}
     )
     training, evaluation = (options for _, options in bundle.calls)
     assert own.items() <= training.items()
-    assert "train#augmentation#transforms#9#noisy" not in evaluation
+    assert not {"train#augmentation#transforms#9#noisy", "validation_scales"} & evaluation.keys()
+    assert evaluation["val_batch_size"] == 2
     assert evaluation["train#augmentation#keys"] == "image"  # train.json has it, too
 
 
