@@ -675,6 +675,7 @@ def test_every_config_looks_at_its_options_first(file):
     assert steps is None or steps[0] == "$glmamba_monai.bundle.require_known_options()"
 
 
+@pytest.mark.slow
 def test_a_misspelt_option_ends_the_command_before_anything_is_done(dataset_dir, tmp_path):
     arguments = options(dataset_dir=dataset_dir, output_dir=tmp_path / "results", epoch=1)
     done = subprocess.run(**command_line("training", "--config_file", TRAIN, *arguments, folder=tmp_path), check=False)
