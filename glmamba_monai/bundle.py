@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fire.parser import DefaultParseValue
-from monai.bundle import ConfigParser, run
-from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 
 def locate_bundle(look_at_command_line: bool = True) -> str:
@@ -69,6 +67,10 @@ def require_known_options(command_line: Sequence[str] | None = None) -> None:
     program, *arguments = sys.argv if command_line is None else command_line
     if Path(program).parts[-3:] != ("monai", "bundle", "__main__.py") or arguments[:1] != ["run"]:
         return
+    # Here that program has imported them; elsewhere who asks where the bundle lies would wait ten seconds for them.
+    from monai.bundle import ConfigParser, run
+    from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+
     options = _options(arguments[1:])
     if "args_file" in options:
         options = {**ConfigParser.load_config_file(options["args_file"]), **options}

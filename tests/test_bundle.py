@@ -669,6 +669,11 @@ def test_the_options_of_another_program_are_left_alone():
     require_known_options([PROGRAM])
 
 
+def test_whoever_asks_where_the_bundle_lies_does_not_load_torch():
+    code = "import sys, glmamba_monai.bundle as b; b.locate_bundle(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=BUNDLE.parent, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
 def test_every_config_looks_at_its_options_first(file):
     steps = json.loads(file.read_text()).get("initialize")
