@@ -684,6 +684,15 @@ def test_a_new_training_sets_the_last_one_aside(tmp_path, caplog):
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1
     for name in ("checkpoint.pt", "model.pt"):
         assert f"{tmp_path / name} is of an earlier training; kept as previous-{name}" in caplog.text
+    for prefix in ("previous-2-", "previous-3-"):  # --resume forgotten again: what is kept stays
+        former, present = second, {name: c for name, c in second.items() if not name.startswith("previous-")}
+        Training(tmp_path, epochs=1).run()
+        second = files_in(tmp_path)
+        assert {name: content for name, content in second.items() if name in former and name not in present} == {
+            name: content for name, content in former.items() if name not in present
+        }
+        assert {f"{prefix}{name}" for name in present} == second.keys() - former.keys()
+        assert all(second[f"{prefix}{name}"] == content for name, content in present.items())
 
 
 def test_resume_with_fewer_epochs_than_there_are(tmp_path):
@@ -711,6 +720,29 @@ def test_resume_from_another_network(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint\.pt: .* 'srcnn_ref'; they fit srcnn: name it with --network"):
         Training(tmp_path, name="srcnn_ref", resume=True).run()
     assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("scale", 4, "--scale 2, this one has 4"),
+        ("scale", [2, 4], r"--scale 2, this one has \[2, 4\]"),
+        ("reference", "pd", "--reference t1, this one has pd"),
+    ],
+)
+def test_resume_of_a_training_of_something_else(tmp_path, name, value, said):
+    settings = {"target": "t2", "reference": "t1", "scale": 2}
+    Training(tmp_path, epochs=1, settings=settings).run()
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt: is of a training with {said}; resume it with the options"):
+        Training(tmp_path, resume=True, settings={**settings, name: value}).run()
+    assert files_in(tmp_path) == before
+    assert Training(tmp_path, epochs=2, resume=True, settings={**settings, "scale": 2.0}).run().validated == [2]
+
+
+def test_resume_from_a_checkpoint_that_does_not_say_what_it_is_of(tmp_path):
+    Training(tmp_path, epochs=1).run()
+    assert Training(tmp_path, epochs=2, resume=True, settings={"scale": 2}).run().validated == [2]
 
 
 def test_resume_from_weights_alone(tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,7 @@ class WeightsLoader:
         logger.info("weights of %s %s %s for %s%s", self.name, done, path, subjects, known)
         if factor is not None and Path(path).name == WEIGHTS_FILE and not _is_trained(factor):
             logger.warning(
-                f"{subjects}: the factor is {_factor_name(factor)}; the bundle's weights are trained for "
+                f"{subjects}: the factor is {_factor_name(factor)}; weights for all factors are trained for "
                 f"{min(FACTORS)} to {max(FACTORS)}, the same along both axes"
             )
 
@@ -382,6 +383,8 @@ class TrainingState:
         folder: where the files go.
         name: registered name of the network; kept in the checkpoint.
         datalist: the split; written beside the weights once the training starts, when every volume has been read.
+        settings: what else the training is of (contrasts, factor), plain values; kept in the checkpoint. A training of
+            others is not resumed: its best metric and its weights would pass for those of this one.
         resume: continue from the checkpoint that stands in ``folder``, if there is one.
         write: whether this process writes (rank 0).
         average: what to take the weights of ``model.pt`` from, instead of the network; the evaluator's network, then.
@@ -397,6 +400,7 @@ class TrainingState:
         folder: str | os.PathLike[str],
         name: str,
         datalist: Datalist,
+        settings: Mapping[str, Any] | None = None,
         resume: bool = False,
         write: bool = True,
         average: WeightAverage | None = None,
@@ -411,6 +415,7 @@ class TrainingState:
         self.folder = Path(folder)
         self.name = name
         self.datalist = datalist
+        self.settings = dict(settings or {})
         self.resume = resume
         self.write = write
         self.best_epoch = 0
@@ -459,6 +464,7 @@ class TrainingState:
             self.folder / CHECKPOINT_FILE,
             {
                 "name": self.name,
+                "settings": self.settings,
                 "network": self.network.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -475,11 +481,13 @@ class TrainingState:
         )
 
     def _set_aside(self) -> None:
-        """A new training must not destroy the result of the last one: it is kept under ``previous-``."""
-        for name in (CHECKPOINT_FILE, WEIGHTS_FILE, DATALIST_FILE):
-            if (self.folder / name).is_file():
-                os.replace(self.folder / name, self.folder / f"previous-{name}")
-                logger.warning("%s is of an earlier training; kept as previous-%s", self.folder / name, name)
+        """A new training must not destroy the results of earlier ones: they are kept under ``previous-``."""
+        names = [name for name in (CHECKPOINT_FILE, WEIGHTS_FILE, DATALIST_FILE) if (self.folder / name).is_file()]
+        prefixes = itertools.chain(["previous-"], (f"previous-{n}-" for n in itertools.count(2)))
+        prefix = next(p for p in prefixes if not any((self.folder / f"{p}{name}").exists() for name in names))
+        for name in names:
+            os.replace(self.folder / name, self.folder / f"{prefix}{name}")
+            logger.warning("%s is of an earlier training; kept as %s%s", self.folder / name, prefix, name)
 
     def _restore(self, engine: Workflow, path: Path) -> None:
         checkpoint = read_checkpoint(path)
@@ -493,6 +501,13 @@ class TrainingState:
                 f"{path}: is of epoch {checkpoint['epoch']}, but the training is to end at epoch "
                 f"{engine.state.max_epochs}; raise --epochs"
             )
+        recorded = checkpoint.get("settings", {})  # checkpoints of earlier versions have none
+        for name, value in self.settings.items():
+            if name in recorded and not np.array_equal(recorded[name], value):
+                raise ValueError(
+                    f"{path}: is of a training with --{name} {recorded[name]}, this one has {value}; "
+                    "resume it with the options it was started with, or train in another --output_dir"
+                )
         average = checkpoint.get("average")
         if (average is None) != (self.average is None):
             raise ValueError(
