@@ -7,6 +7,7 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -148,8 +149,8 @@ def prepared(files, cache_dir, scale):
     return volume_dataset(files, transform, cache_dir=cache_dir)
 
 
-def test_volumes_on_disk_outlive_the_run_but_not_the_settings(tmp_path, make_subject_folder):
-    """Another scale, with the same folder for the cache, must not get the volumes of the first."""
+def test_volumes_on_disk_outlive_the_run_but_not_what_they_were_made_of(tmp_path, make_subject_folder, monkeypatch):
+    """Another scale, file or version, with the same folder for the cache, must not get the volumes of the first."""
     written = make_subject_folder(tmp_path / "data", n=2)
     files = [{"target": str(f["t2"]), "reference": str(f["t1"])} for f in written.values()]
     first = [v["low_resolution"].shape for v in prepared(files, tmp_path / "cache", 2)]
@@ -161,9 +162,20 @@ def test_volumes_on_disk_outlive_the_run_but_not_the_settings(tmp_path, make_sub
                 assert torch.equal(torch.as_tensor(cached[key]), value.as_tensor())
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert [v["low_resolution"].shape for v in prepared(files, tmp_path / "cache", 4)] == [(1, 6, 7, 6)] * 2
-    for f in written.values():
-        f["t2"].unlink()  # what comes now comes from the cache
+    with monkeypatch.context() as cached_only:
+        cached_only.setattr(LoadVolumed, "__call__", lambda *_: pytest.fail("prepared again"))
+        assert [v["low_resolution"].shape for v in prepared(files, tmp_path / "cache", 2)] == first
+
+    before = [v["target"].max().item() for v in prepared(files, tmp_path / "cache", 2)]
+    image = nib.load(files[0]["target"])
+    nib.save(nib.Nifti1Image(3 * image.get_fdata(dtype=np.float32), image.affine, image.header), files[0]["target"])
+    after = [v["target"].max().item() for v in prepared(files, tmp_path / "cache", 2)]
+    assert after == pytest.approx([3 * before[0], before[1]], rel=1e-5)
+
+    monkeypatch.setattr("glmamba_monai.data.dataset.__version__", "another")
+    number = len(list((tmp_path / "cache").iterdir()))
     assert [v["low_resolution"].shape for v in prepared(files, tmp_path / "cache", 2)] == first
+    assert len(list((tmp_path / "cache").iterdir())) == number + 2
 
 
 # --- the plan of an epoch

@@ -22,6 +22,8 @@ from monai.transforms import Compose, MapTransform, Randomizable, Transform
 from monai.utils import convert_to_tensor
 from torch.utils.data import DistributedSampler, get_worker_info
 
+from glmamba_monai import __version__
+
 SLICE_KEYS = ("image", "target")  # what a training slice consists of
 
 
@@ -65,11 +67,15 @@ class SliceMajor(Transform):
 
 
 class _MappedDataset(PersistentDataset):
-    """Prepared volumes in files, which are mapped into memory instead of being read from end to end."""
+    """Prepared volumes in files, which are mapped into memory instead of being read from end to end.
+
+    A file's name tells what it was made of: the item with size and time of the files that it names, the transforms with
+    their settings, and the version of this package.
+    """
 
     def __init__(self, data: Sequence[Any], transform: Callable[..., Any], cache_dir: str | os.PathLike[str]) -> None:
         # Without the hash, volumes prepared for one scale would be taken for those of another.
-        super().__init__(data, transform, cache_dir=cache_dir, hash_transform=pickle_hashing)
+        super().__init__(data, transform, cache_dir=cache_dir, hash_func=_hash_with_files, hash_transform=_hash_of)
 
     def _cachecheck(self, item_transformed: Any) -> Any:
         file = self.cache_dir / f"{self.hash_func(item_transformed).decode()}{self.transform_hash}.pt"
@@ -95,6 +101,16 @@ class _MappedDataset(PersistentDataset):
                 return prepared
             raise
         return torch.load(file, weights_only=True, mmap=True)
+
+
+def _hash_of(transforms: Any) -> bytes:
+    return pickle_hashing((__version__, transforms))
+
+
+def _hash_with_files(item: Mapping[str, Any]) -> bytes:
+    """Of an item and the state of its files: one that was written anew is prepared anew."""
+    found = [os.stat(v) for v in item.values() if isinstance(v, (str, os.PathLike)) and os.path.isfile(v)]
+    return pickle_hashing((dict(item), [(status.st_size, status.st_mtime_ns) for status in found]))
 
 
 class SliceDraw(NamedTuple):
