@@ -388,6 +388,31 @@ def test_an_evaluation_writes_and_shows_its_results(tmp_path, make_brain, capsys
     assert summary["methods"]["net"]["psnr"]["sd"] == pytest.approx(np.std(expected["net"], ddof=1), abs=1e-5)
     printed = capsys.readouterr().out
     assert "Evaluation of 3 subjects, mean" in printed and str(tmp_path / "metrics.csv") in printed
+    assert not (tmp_path / "unfinished-metrics.csv").exists()
+
+
+def test_an_evaluation_that_fails_keeps_what_it_has_and_what_there_was(tmp_path, make_brain):
+    metric = SubjectMetrics("net")
+    items = [evaluation_item(make_brain, seed)[:2] for seed in range(3)]
+    broken = []
+
+    def step(engine, index):
+        if index in broken:
+            raise OSError("a damaged file")
+        engine.state.batch = [items[index][0]]
+        return [items[index][1]]
+
+    engine = Engine(step)
+    metric.attach(engine, "val_psnr")
+    ResultsWriter(metric, tmp_path, DESCRIPTION).attach(engine)
+    engine.run(range(3))
+    complete = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    broken.append(2)
+    with pytest.raises(OSError, match="a damaged file"):
+        engine.run(range(3))
+    assert {name: (tmp_path / name).read_bytes() for name in complete} == complete
+    lines = complete["metrics.csv"].decode().splitlines(keepends=True)
+    assert (tmp_path / "unfinished-metrics.csv").read_text() == "".join(lines[: 1 + 2 * 3])
 
 
 @pytest.mark.parametrize("spatial", [(8, 9), (8, 9, 3)])

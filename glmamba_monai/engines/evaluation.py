@@ -21,6 +21,7 @@ Row = dict[str, Any]
 BASELINES = ("zero_filling", "bicubic")
 ENSEMBLE, DATA_CONSISTENT = " + ensemble", " + dc"  # appended to the name of a method, in this order
 METRICS_FILE, SUMMARY_FILE = "metrics.csv", "summary.json"
+UNFINISHED_FILE = "unfinished-metrics.csv"
 
 
 def prepare_batch(
@@ -209,16 +210,24 @@ def write_results(rows: Sequence[Row], output_dir: str | os.PathLike[str], descr
         OSError: the folder cannot be written.
     """
     ensembles = with_sd(rows)
-    columns = dict.fromkeys(name for row in rows for name in row)  # those of an ensemble stand last
-    write_csv(Path(output_dir) / METRICS_FILE, rows, list(columns))
+    _write_rows(Path(output_dir) / METRICS_FILE, rows)
     of_sd = summarise(ensembles, SD_METRICS)
     methods = finite({method: {**found, **of_sd.get(method, {})} for method, found in summarise(rows).items()})
     conventions = {**CONVENTIONS, **(SD_METRICS if ensembles else {})}
     write_json(Path(output_dir) / SUMMARY_FILE, {**description, "conventions": conventions, "methods": methods})
 
 
+def _write_rows(file: Path, rows: Sequence[Row]) -> None:
+    columns = dict.fromkeys(name for row in rows for name in row)  # those of an ensemble stand last
+    write_csv(file, rows, list(columns))
+
+
 class ResultsWriter:
     """At the end of an evaluation, write its results and show the table.
+
+    Until then ``unfinished-metrics.csv`` has the rows of the subjects that are done, so that a damaged file among the
+    last of a thousand does not cost those before it. It is a file of its own: ``metrics.csv`` and ``summary.json``
+    are always of one evaluation, and a complete one.
 
     Args:
         metrics: the evaluator's metric.
@@ -234,11 +243,16 @@ class ResultsWriter:
         self.description = dict(description)
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.subject_completed)
         engine.add_event_handler(Events.COMPLETED, self)
+
+    def subject_completed(self, engine: Engine) -> None:
+        _write_rows(Path(self.output_dir) / UNFINISHED_FILE, self.metrics.rows)
 
     def __call__(self, engine: Engine) -> None:
         rows = self.metrics.rows
         write_results(rows, self.output_dir, self.description)
+        (Path(self.output_dir) / UNFINISHED_FILE).unlink(missing_ok=True)
         subjects = len({row["subject"] for row in rows})
         title = f"Evaluation of {subjects} subject{'s' * (subjects > 1)}{over_subjects(rows)}"
         tables = [format_table(rows, title), *([format_sd_table(rows)] if with_sd(rows) else [])]
