@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fire.parser import DefaultParseValue
@@ -76,16 +76,36 @@ def require_known_options(command_line: Sequence[str] | None = None) -> None:
         options = {**ConfigParser.load_config_file(options["args_file"]), **options}
     files = options.get("config_file", [])
     files = DefaultParseValue(files) if isinstance(files, str) else files  # a list is typed as one text
-    known = {*inspect.signature(run).parameters, "help", *ConfigParser.load_config_files(files)}
+    also = {*inspect.signature(run).parameters, "help"}
     if "tracking" in options:
-        known |= DEFAULT_MLFLOW_SETTINGS["configs"].keys()
-    known |= set(re.findall(r"[@%](\w+)", " ".join(map(str, options.values()))))
+        also |= DEFAULT_MLFLOW_SETTINGS["configs"].keys()
+    also |= set(re.findall(r"[@%](\w+)", " ".join(map(str, options.values()))))
+    require_options(options, files, also, prefix="--")
+
+
+def require_options(
+    options: Iterable[str], files: str | Sequence[str], also: Iterable[str] = (), prefix: str = ""
+) -> None:
+    """Refuse an option that no config has; of ``a#b`` only ``a`` is looked at.
+
+    Args:
+        options: their names.
+        files: the configs.
+        also: names that are known all the same.
+        prefix: of the options where they were given, for the message.
+
+    Raises:
+        ValueError: there is such an option; the message names it, and what may have been meant.
+    """
+    from monai.bundle import ConfigParser
+
+    known = {*ConfigParser.load_config_files(files), *also}
     for option in options:
         name = re.split("#|::", option.lstrip("+~"))[0]
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean --{close[0]}?" if close else ""
-            raise ValueError(f"--{option}: there is no such option in {files}{meant}")
+            meant = f"; did you mean {prefix}{close[0]}?" if close else ""
+            raise ValueError(f"{prefix}{option}: there is no such option in {files}{meant}")
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
-from glmamba_monai.bundle import locate_bundle
+from glmamba_monai.bundle import locate_bundle, require_options
 from glmamba_monai.files import require_another, require_writable, save_volume
 from glmamba_monai.formats import require_output, save_result, sd_path, without_ending
 from glmamba_monai.transforms import (
@@ -68,7 +68,7 @@ def super_resolve(
         self_ensemble: run the network on each slice in all eight orientations, which takes eight times as long; the
             result is their mean, and their standard deviation goes beside ``output``
             (:func:`~glmamba_monai.formats.sd_path`).
-        overrides: further keys of ``inference.json``, such as ``batch_size`` or ``device``.
+        overrides: further keys of ``inference.json``, such as ``batch_size`` or ``device``; another is refused.
 
     Returns:
         ``(1, X, Y, Z)``, float32, intensities in the units of ``image``; on the reference's grid, or where that was
@@ -81,13 +81,15 @@ def super_resolve(
             causes behind the ``RuntimeError`` that MONAI raises; see :func:`root_cause`.
     """
     root = Path(bundle_root) if bundle_root is not None else Path(locate_bundle(look_at_command_line=False))
+    config = str(root / "configs" / "inference.json")
+    require_options(overrides, config)
     if output is not None:
         require_output(output, image)
         for written in (output, *([sd_path(output)] if self_ensemble else [])):
             require_another(written, image=image, reference=reference)
         require_writable(Path(output).absolute().parent)
     workflow = ConfigWorkflow(
-        config_file=str(root / "configs" / "inference.json"),
+        config_file=config,
         workflow_type="infer",
         logging_file=False,
         bundle_root=str(root),
