@@ -18,6 +18,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metad
 from monai.engines import SupervisedTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import glmamba_monai
 from glmamba_monai.bundle import locate_bundle, require_known_options, weights_folders
 from glmamba_monai.engines import Muon, SliceTrainer, load_weights, stacked_items, super_resolved_items
 from glmamba_monai.inference import root_cause
@@ -513,7 +514,8 @@ def test_metadata_states_the_pinned_versions():
         "numpy": metadata["numpy_version"],
         **metadata["required_packages_version"],
     }
-    assert {name: stated[name] for name in pins if name in stated} == {n: v for n, v in pins.items() if n in stated}
+    assert stated == pins
+    assert metadata["version"] == glmamba_monai.__version__ == next(iter(metadata["changelog"]))
 
 
 @pytest.mark.parametrize("n", [1, 5])

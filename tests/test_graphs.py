@@ -141,8 +141,12 @@ def test_a_gradient_belongs_to_the_last_call(repeated, two_layers):
 @pytest.mark.parametrize("hooked", [0, 1])
 def test_no_hook_of_a_parameter_is_called_for_nothing(repeated, two_layers, hooked):
     graphs = Graphs(two_layers, torch.zeros(4, 2, 8, 8))
-    (two_layers.first.weight, two_layers.second.weight)[hooked].register_hook(lambda gradient: 2 * gradient)
+    seen = []
+    weight = (two_layers.first.weight, two_layers.second.weight)[hooked]
+    weight.register_hook(seen.append)
     graphs(batches_of(1)[0]).sum().backward()
+    (gradient,) = seen
+    assert gradient.shape == weight.shape and gradient.abs().sum() > 0
 
 
 def test_graphs_are_outdated_when_a_parameter_is_frozen_or_moved(repeated, two_layers):

@@ -55,7 +55,7 @@ def tiny(name: str) -> nn.Module:
 # --- Registry and interface ---
 
 
-def test_everything_the_issue_names_is_registered():
+def test_the_networks_of_the_tables_are_registered():
     assert set(NETWORKS.names) == {"glmamba", "glmamba_paper", "glmamba_light", *TABLE_1, *BASELINES}
 
 
