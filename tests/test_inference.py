@@ -534,7 +534,8 @@ def test_a_simulation_that_cannot_be_writes_nothing(tmp_path, make_subject_folde
 
 def test_an_override_that_no_config_has_is_refused(tmp_path):
     """Before the files are looked at: here there are none."""
-    with pytest.raises(ValueError, match=r"batchsize: there is no such option in .*inference\.json; did you mean batch"):
+    refused = r"batchsize: there is no such option in .*inference\.json; did you mean batch_size\?"
+    with pytest.raises(ValueError, match=refused):
         super_resolve(tmp_path / "t2.nii.gz", tmp_path / "t1.nii.gz", batchsize=3)
 
 
