@@ -121,7 +121,7 @@ class LateBiasConv2d(nn.Conv2d):
 
 
 class ChannelAttention(nn.Module):
-    """Residual block of maps weighted by channel: global average pool, 1x1, ReLU, 1x1, sigmoid (paper Fig. 2A, "CA")."""
+    """Residual block, maps weighted by channel: global average pool, 1x1, ReLU, 1x1, sigmoid (paper Fig. 2A, "CA")."""
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
