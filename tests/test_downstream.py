@@ -18,23 +18,14 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmamba_monai.data import LabelledSlices, SliceDraw, labelled_items, split_folder
+from glmamba_monai.dice import format_dice, interval, merged_rows, read_rows, summarise_dice
 from glmamba_monai.engines import MethodVolumes, SelfEnsembleInferer, SliceDice, mask_of, prepare_mask_batch
-from glmamba_monai.engines.downstream import (
-    TRUTH_COLOUR,
-    format_dice,
-    interval,
-    mask_metrics,
-    merged_rows,
-    read_rows,
-    require_held_out,
-    segmentation_evaluator,
-    summarise_dice,
-    trained_network,
-)
+from glmamba_monai.engines.downstream import mask_metrics, require_held_out, segmentation_evaluator, trained_network
 from glmamba_monai.files import write_checkpoint, write_json
 from glmamba_monai.inference import root_cause
 from glmamba_monai.networks import build_network
 from glmamba_monai.networks.segmentation import SliceSwinUNETR
+from glmamba_monai.pictures import PREDICTION_COLOUR, TRUTH_COLOUR
 from glmamba_monai.transforms import LargeComponents, LoadLabeld, ScaleByMedian
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundle"
@@ -143,7 +134,7 @@ def test_results_of_networks_and_factors_stand_in_one_table(chain, tmp_path, cap
     assert "| srcnn_ref |" in capsys.readouterr().out
 
     picture = np.asarray(Image.open(out / "pictures" / "sub00_srcnn_2x.png"))
-    assert (picture == TRUTH_COLOUR).all(-1).any() or (picture == (255, 40, 40)).all(-1).any()
+    assert (picture == TRUTH_COLOUR).all(-1).any() or (picture == PREDICTION_COLOUR).all(-1).any()
 
     # Of another segmenter: the old rows do not belong with the new ones.
     text = (out / "dice.csv").read_text()

@@ -7,7 +7,6 @@ The evaluator for super-resolution and that for segmentation form one chain in m
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
@@ -24,27 +23,29 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.engines import Evaluator, Workflow
 from monai.metrics import compute_dice, compute_hausdorff_distance
-from PIL import Image, ImageDraw
-from scipy import ndimage, stats
 from torch import Tensor
 
 from glmamba_monai.data.datalist import DATALIST_FILE, Item, evaluation_items, patient_of
 from glmamba_monai.data.segmentation import labelled_items
+from glmamba_monai.dice import (
+    COLUMNS,
+    DICE_FILE,
+    DICE_SUMMARY_FILE,
+    ORIGINAL,
+    Row,
+    format_dice,
+    read_rows,
+    scale_name,
+    summarise_dice,
+)
 from glmamba_monai.engines.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, load_weights, read_checkpoint
-from glmamba_monai.engines.evaluation import BASELINES, Row
+from glmamba_monai.engines.evaluation import BASELINES
 from glmamba_monai.files import finite, write_atomically, write_csv, write_json
 from glmamba_monai.networks import build_network
+from glmamba_monai.pictures import draw
 from glmamba_monai.transforms import ScaleByMedian
-from glmamba_monai.transforms.grid import find_display
 
 logger = logging.getLogger(__name__)
-
-ORIGINAL = "original"
-DICE_FILE, DICE_SUMMARY_FILE = "dice.csv", "dice_summary.json"
-COLUMNS = ("scale", "method", "subject", "dice", "hd95_mm", "true_ml", "predicted_ml", "segmenter")
-CONFIDENCE = 0.95
-PICTURE_ZOOM = 3
-TRUTH_COLOUR, PREDICTION_COLOUR = (0, 220, 0), (255, 40, 40)
 
 # --- weights that are missing are trained -------------------------------------------------------------------------
 
@@ -117,11 +118,6 @@ def trained_network(
         _train(bundle_root, ["train"], {**arguments, **options})
     last = own / CHECKPOINT_FILE
     return str(last if last.is_file() else own / WEIGHTS_FILE)
-
-
-def scale_name(scale: Any) -> str:
-    """``4x`` of 4, ``2_4x`` of [2, 4]."""
-    return "_".join(f"{factor:g}" for factor in np.atleast_1d(scale)) + "x"
 
 
 def _is_finished(folder: Path) -> bool:
@@ -197,9 +193,8 @@ class MethodVolumes:
     def __call__(self, engine: Engine) -> None:
         """Take ``target``, ``seg`` and the baselines of the one item, and its result ``pred``, all ``(1, X, Y, S)``."""
         (item,), (result,) = engine.state.batch, engine.state.output
-        self.volumes = {ORIGINAL: item["target"], **{name: item[name] for name in BASELINES}}
-        if self.network not in BASELINES:
-            self.volumes[self.network] = result["pred"]
+        volumes = {ORIGINAL: item["target"], self.network: result["pred"], **{name: item[name] for name in BASELINES}}
+        self.volumes = {method: _plain(volumes[method]) for method in self.methods}
         self.subject, self.mask = str(item["subject"]), _plain(item["seg"])
         self.affine = np.asarray(item["target"].affine.cpu())
 
@@ -210,7 +205,7 @@ class MethodVolumes:
         spacing = torch.from_numpy(np.linalg.norm(self.affine[:3, :3], axis=0))[None]
         for method in self.methods:
             yield {
-                "image": ScaleByMedian()(_plain(self.volumes[method]))[None],
+                "image": ScaleByMedian()(self.volumes[method])[None],
                 "target": self.mask[None],
                 "subject": [self.subject],
                 "method": [method],
@@ -317,7 +312,7 @@ class DownstreamResults:
     def segmented(self, engine: Engine) -> None:
         """Keep what the segmenter makes of one volume."""
         (item,), (result,) = engine.state.batch, engine.state.output
-        true, self.masks[item["method"]] = result["label"].cpu(), result["pred"].cpu()
+        true, self.masks[item["method"]] = _plain(result["label"]), _plain(result["pred"])
         metrics = mask_metrics(self.masks[item["method"]], true, item["spacing"].tolist())
         names = {"scale": self.scale, "method": item["method"], "subject": item["subject"]}
         self.rows.append({**names, **metrics, "segmenter": self.segmenter})
@@ -326,7 +321,7 @@ class DownstreamResults:
         """Draw the subject whose volumes have all been segmented."""
         made = {row["method"]: row["dice"] for row in self.rows if row["subject"] == self.volumes.subject}
         print(f"{self.volumes.subject}: Dice " + ", ".join(f"{k} {v:.4f}" for k, v in made.items()), flush=True)
-        picture = draw(self.volumes, self.masks, made)
+        picture = draw(self.volumes.volumes, self.volumes.mask, self.masks, made, self.volumes.affine)
         name = f"{self.volumes.subject}_{self.volumes.network}_{self.scale}.png"
         write_atomically(self.output_dir / "pictures" / name, picture.save)
 
@@ -355,177 +350,3 @@ class DownstreamResults:
             elif key not in new:
                 kept += of_method
         return kept
-
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-
-def read_rows(file: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a ``dice.csv``.
-
-    Raises:
-        ValueError: it is none.
-    """
-    with Path(file).open(encoding="utf-8", newline="") as text:
-        reader = csv.DictReader(text)
-        rows: list[Row] = list(reader)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{file}: has the columns {reader.fieldnames}, expected {list(COLUMNS)}; remove the file")
-    return [
-        {k: v if k in ("scale", "method", "subject", "segmenter") else float(v) for k, v in r.items()} for r in rows
-    ]
-
-
-def merged_rows(files: Sequence[str | os.PathLike[str]]) -> list[Row]:
-    """The rows of several ``dice.csv``, of other folds or networks, each subject, method and factor once.
-
-    Raises:
-        ValueError: no file is given, or one says of a subject's method what another does not.
-    """
-    if not files:
-        raise ValueError("no dice.csv is given; name at least one")
-    merged: dict[tuple[str, str, str], Row] = {}
-    for file in files:
-        for row in read_rows(file):
-            key = (row["scale"], row["method"], row["subject"])
-            if merged.setdefault(key, row)["segmenter"] != row["segmenter"]:
-                raise ValueError(
-                    f"{file}: has {row['subject']}, {row['method']} at {row['scale']} of segmenter {row['segmenter']}, "
-                    f"another file of {merged[key]['segmenter']}; merge runs that hold different subjects out"
-                )
-    return list(merged.values())
-
-
-def summarise_dice(rows: Sequence[Row], against: str = ORIGINAL) -> dict[str, dict[str, dict[str, Any]]]:
-    """``{scale: {method: figures}}``, methods from worst to best mean Dice.
-
-    The figures are the mean and SD (n - 1) over subjects of Dice and HD95 (mm), with the number of subjects; ``kept``,
-    the mean Dice over that of the originals of the same subjects; and ``difference``, the mean of the paired
-    differences of Dice to the method ``against``, with the interval of Student's t. A subject without a value (NaN)
-    does not count; one subject has neither SD nor interval (NaN).
-
-    Args:
-        rows: of :func:`read_rows` or :func:`merged_rows`. Not every method needs to have every subject.
-        against: the method that the others are compared to.
-
-    Raises:
-        ValueError: at one of the factors there are no rows of ``against``.
-    """
-    summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for scale in dict.fromkeys(row["scale"] for row in rows):
-        of_scale = [row for row in rows if row["scale"] == scale]
-        original, other = (
-            {row["subject"]: row["dice"] for row in of_scale if row["method"] == name} for name in (ORIGINAL, against)
-        )
-        if not other:
-            found = ", ".join(dict.fromkeys(row["method"] for row in of_scale))
-            raise ValueError(f"against: there are no rows of {against!r} at {scale}, expected one of {found}")
-        methods = {}
-        for method in dict.fromkeys(row["method"] for row in of_scale):
-            of_method = [row for row in of_scale if row["method"] == method]
-            dice, hd95 = (_mean_sd([row[name] for row in of_method]) for name in ("dice", "hd95_mm"))
-            differences = [row["dice"] - other[row["subject"]] for row in of_method if row["subject"] in other]
-            whole = _mean_sd([original.get(row["subject"], math.nan) for row in of_method])["mean"]
-            methods[method] = {
-                "dice": dice,
-                "hd95_mm": hd95,
-                "kept": dice["mean"] / whole if whole else math.nan,
-                "difference": {**_mean_sd(differences), "interval": list(interval(differences))},
-            }
-        summary[scale] = dict(sorted(methods.items(), key=lambda entry: entry[1]["dice"]["mean"]))
-    return summary
-
-
-def _mean_sd(values: Sequence[float]) -> dict[str, float]:
-    there = [v for v in values if not math.isnan(v)]
-    mean, sd = (float(np.mean(there)) if there else math.nan), float(np.std(there, ddof=1)) if there[1:] else math.nan
-    return {"mean": mean, "sd": sd, "subjects": len(there)}
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The confidence interval of the mean by Student's t; NaN of fewer than two values."""
-    figures = _mean_sd(values)
-    n = figures["subjects"]
-    if n < 2:
-        return math.nan, math.nan
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * figures["sd"] / math.sqrt(n)
-    return figures["mean"] - half, figures["mean"] + half
-
-
-def format_dice(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], against: str = ORIGINAL) -> str:
-    """A Markdown table for each factor; a mean over fewer subjects than the others says of how many.
-
-    Args:
-        summary: of :func:`summarise_dice`.
-        against: the method that it compares the others to.
-    """
-    tables = []
-    for scale, methods in summary.items():
-        subjects = max(figures["dice"]["subjects"] for figures in methods.values())
-        lines = [
-            f"Segmentation at {scale}, {subjects} held-out subject(s), mean ± SD over subjects",
-            "",
-            f"| method | Dice | of the originals' | HD95 (mm) | Dice minus that of {against} (95 % interval) |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
-        for method, figures in methods.items():
-            difference, (low, high) = figures["difference"], figures["difference"]["interval"]
-            bounds = f" ({low:+.4f} to {high:+.4f})" if math.isfinite(low) else ""
-            cells = [
-                method,
-                _mean_and_sd(figures["dice"], 4, subjects),
-                f"{100 * figures['kept']:.1f} %" if math.isfinite(figures["kept"]) else "",
-                _mean_and_sd(figures["hd95_mm"], 2, subjects),
-                "" if method == against else f"{difference['mean']:+.4f}{bounds}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
-
-
-def _mean_and_sd(figures: Mapping[str, float], digits: int, subjects: int) -> str:
-    if not figures["subjects"]:
-        return ""
-    sd = f" ± {figures['sd']:.{digits}f}" if math.isfinite(figures["sd"]) else ""
-    fewer = f" (of {figures['subjects']})" if figures["subjects"] < subjects else ""
-    return f"{figures['mean']:.{digits}f}{sd}{fewer}"
-
-
-# --- pictures -----------------------------------------------------------------------------------------------------
-
-
-def draw(volumes: MethodVolumes, masks: Mapping[str, Tensor], dice: Mapping[str, float]) -> Image.Image:
-    """All methods side by side, in the slice with most of the true mask: its outline green, the predicted one red.
-
-    Args:
-        volumes: of one subject.
-        masks: what was segmented in each, ``(1, X, Y, S)``.
-        dice: of each.
-    """
-    display = find_display(volumes.affine)
-    index = int(volumes.mask.sum(dim=(0, 1, 2)).argmax())
-
-    def rows(volume: Tensor) -> np.ndarray:
-        return display.rows(_plain(volume)[0, ..., index].numpy())
-
-    original = rows(volumes.volumes[ORIGINAL])
-    white = float(np.percentile(original[original > 0], 99.8)) if (original > 0).any() else 1.0
-    (box,) = ndimage.find_objects((original > 0.05 * white).astype(np.uint8)) or [(slice(None), slice(None))]
-    panels = []
-    for method in volumes.methods:
-        gray = np.clip(rows(volumes.volumes[method])[box] / white, 0, 1) * 255
-        picture = np.repeat(_zoomed(gray.round().astype(np.uint8))[..., None], 3, axis=2)
-        for mask, colour in ((volumes.mask, TRUTH_COLOUR), (masks[method], PREDICTION_COLOUR)):
-            inside = _zoomed(rows(mask)[box] > 0)
-            picture[inside & ~ndimage.binary_erosion(inside)] = colour
-        panels.append(Image.fromarray(picture))
-    width, height = panels[0].size
-    sheet = Image.new("RGB", (len(panels) * (width + 6) - 6, height + 22))
-    for i, (method, panel) in enumerate(zip(volumes.methods, panels)):
-        sheet.paste(panel, (i * (width + 6), 22))
-        ImageDraw.Draw(sheet).text((i * (width + 6) + 4, 5), f"{method}, Dice {dice[method]:.3f}", fill="white")
-    return sheet
-
-
-def _zoomed(image: np.ndarray) -> np.ndarray:
-    return image.repeat(PICTURE_ZOOM, axis=0).repeat(PICTURE_ZOOM, axis=1)
