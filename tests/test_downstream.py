@@ -82,17 +82,19 @@ def chain(dataset_dir, tmp_path):
         (tmp_path / "segmenter.pt").write_bytes(b"the chain takes its hash")
         run(
             [TRAIN, DOWNSTREAM],
-            dataset_dir=dataset_dir,
-            output_dir=str(output_dir),
-            network=network,
-            scale=scale,
-            evaluate_on="all",
-            weights=str(weights),
-            segmentation_weights=str(tmp_path / "segmenter.pt"),
-            volumes=volumes,
-            segmentation_evaluator=segmenter,
-            **{"validate#evaluator#postprocessing": lambda data: {**data, "pred": change(data["label"][:1])}},
-            **overrides,
+            **{
+                "dataset_dir": dataset_dir,
+                "output_dir": str(output_dir),
+                "network": network,
+                "scale": scale,
+                "evaluate_on": "all",
+                "weights": str(weights),
+                "segmentation_weights": str(tmp_path / "segmenter.pt"),
+                "volumes": volumes,
+                "segmentation_evaluator": segmenter,
+                "validate#evaluator#postprocessing": lambda data: {**data, "pred": change(data["label"][:1])},
+                **overrides,
+            },
         )
         rows = read_rows(output_dir / "dice.csv")
         return {
@@ -145,6 +147,19 @@ def test_results_of_networks_and_factors_stand_in_one_table(chain, tmp_path, cap
     assert {(row["scale"], row["method"]) for row in read_rows(out / "dice.csv")} == {
         ("2x", name) for name in ("original", "zero_filling", "bicubic", "srcnn")
     }
+
+
+def test_a_picture_stays_in_its_folder(dataset_dir, tmp_path, chain):
+    """Whatever a datalist calls its subjects."""
+    items = [
+        {"subject": name, **{key: f"{dataset_dir}/sub0{i}/{key}.nii.gz" for key in ("t1", "t2", "seg")}}
+        for i, name in enumerate(["site1/01", "../x"])
+    ]
+    datalist = write_json(tmp_path / "list.json", {"training": items})
+    assert len(chain(lambda truth: truth, dataset_dir=str(datalist))["original"]) == 2
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
+    assert found == {"pictures/site1_01_srcnn_2x.png", "pictures/.._x_srcnn_2x.png"}
+    assert {row["subject"] for row in read_rows(tmp_path / "out" / "dice.csv")} == {"site1/01", "../x"}
 
 
 # --- Metrics and tables ---

@@ -35,7 +35,7 @@ from glmamba_monai.dice import (
     summarise_dice,
 )
 from glmamba_monai.engines.evaluation import BASELINES
-from glmamba_monai.files import finite, write_atomically, write_csv, write_json
+from glmamba_monai.files import file_stem, finite, write_atomically, write_csv, write_json
 from glmamba_monai.pictures import draw
 from glmamba_monai.transforms import ScaleByMedian
 
@@ -162,7 +162,7 @@ class DownstreamResults:
         made = {row["method"]: row["dice"] for row in self.rows if row["subject"] == self.volumes.subject}
         print(f"{self.volumes.subject}: Dice " + ", ".join(f"{k} {v:.4f}" for k, v in made.items()), flush=True)
         picture = draw(self.volumes.volumes, self.volumes.mask, self.masks, made, self.volumes.affine)
-        name = f"{self.volumes.subject}_{self.volumes.network}_{self.scale}.png"
+        name = f"{file_stem(self.volumes.subject)}_{self.volumes.network}_{self.scale}.png"
         write_atomically(self.output_dir / "pictures" / name, picture.save)
 
     def completed(self, engine: Engine) -> None:
