@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fire
 
-from glmamba_monai.engines.downstream import (
+from glmamba_monai.dice import (
     COLUMNS,
     DICE_FILE,
     DICE_SUMMARY_FILE,

@@ -8,7 +8,19 @@ __all__ = ["__version__", "simulate", "super_resolve"]
 
 # Imported when they are asked for: torch and MONAI take seconds.
 _FUNCTIONS = ("simulate", "super_resolve")
-_MODULES = ("bundle", "data", "engines", "files", "inference", "losses", "metrics", "networks", "ops", "transforms")
+_MODULES = (
+    "bundle",
+    "data",
+    "engines",
+    "experiments",
+    "files",
+    "inference",
+    "losses",
+    "metrics",
+    "networks",
+    "ops",
+    "transforms",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,19 @@ def write_csv(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], c
 def write_checkpoint(path: str | os.PathLike[str], content: Any) -> Path:
     """Write ``content`` with :func:`torch.save`."""
     return write_atomically(path, lambda p: torch.save(content, p))
+
+
+def file_stem(name: object) -> str:
+    """The beginning of file names for a subject, which stay in the folder that they are written to.
+
+    What separates folders, on any system, becomes an underscore: a datalist's ``site1/01`` is ``site1_01``, where a
+    path would make a folder of it, or leave one (``../01``), and MONAI's ``SaveImage`` would take ``01``, as of
+    ``site2/01``. All else stays, so ``site1_01`` itself has the same stem.
+
+    Args:
+        name: the subject's name, or a number.
+    """
+    return re.sub(r"[/\\]", "_", str(name))
 
 
 def require_another(output: str | os.PathLike[str], **inputs: str | os.PathLike[str]) -> None:

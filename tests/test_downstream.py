@@ -18,23 +18,15 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmamba_monai.data import LabelledSlices, SliceDraw, labelled_items, split_folder
+from glmamba_monai.dice import format_dice, interval, merged_rows, read_rows, summarise_dice
 from glmamba_monai.engines import MethodVolumes, SelfEnsembleInferer, SliceDice, mask_of, prepare_mask_batch
-from glmamba_monai.engines.downstream import (
-    TRUTH_COLOUR,
-    format_dice,
-    interval,
-    mask_metrics,
-    merged_rows,
-    read_rows,
-    require_held_out,
-    segmentation_evaluator,
-    summarise_dice,
-    trained_network,
-)
+from glmamba_monai.engines.downstream import mask_metrics
+from glmamba_monai.experiments import require_held_out, segmentation_evaluator, trained_network
 from glmamba_monai.files import write_checkpoint, write_json
 from glmamba_monai.inference import root_cause
 from glmamba_monai.networks import build_network
 from glmamba_monai.networks.segmentation import SliceSwinUNETR
+from glmamba_monai.pictures import PREDICTION_COLOUR, TRUTH_COLOUR
 from glmamba_monai.transforms import LargeComponents, LoadLabeld, ScaleByMedian
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundle"
@@ -90,17 +82,19 @@ def chain(dataset_dir, tmp_path):
         (tmp_path / "segmenter.pt").write_bytes(b"the chain takes its hash")
         run(
             [TRAIN, DOWNSTREAM],
-            dataset_dir=dataset_dir,
-            output_dir=str(output_dir),
-            network=network,
-            scale=scale,
-            evaluate_on="all",
-            weights=str(weights),
-            segmentation_weights=str(tmp_path / "segmenter.pt"),
-            volumes=volumes,
-            segmentation_evaluator=segmenter,
-            **{"validate#evaluator#postprocessing": lambda data: {**data, "pred": change(data["label"][:1])}},
-            **overrides,
+            **{
+                "dataset_dir": dataset_dir,
+                "output_dir": str(output_dir),
+                "network": network,
+                "scale": scale,
+                "evaluate_on": "all",
+                "weights": str(weights),
+                "segmentation_weights": str(tmp_path / "segmenter.pt"),
+                "volumes": volumes,
+                "segmentation_evaluator": segmenter,
+                "validate#evaluator#postprocessing": lambda data: {**data, "pred": change(data["label"][:1])},
+                **overrides,
+            },
         )
         rows = read_rows(output_dir / "dice.csv")
         return {
@@ -143,7 +137,7 @@ def test_results_of_networks_and_factors_stand_in_one_table(chain, tmp_path, cap
     assert "| srcnn_ref |" in capsys.readouterr().out
 
     picture = np.asarray(Image.open(out / "pictures" / "sub00_srcnn_2x.png"))
-    assert (picture == TRUTH_COLOUR).all(-1).any() or (picture == (255, 40, 40)).all(-1).any()
+    assert (picture == TRUTH_COLOUR).all(-1).any() or (picture == PREDICTION_COLOUR).all(-1).any()
 
     # Of another segmenter: the old rows do not belong with the new ones.
     text = (out / "dice.csv").read_text()
@@ -153,6 +147,95 @@ def test_results_of_networks_and_factors_stand_in_one_table(chain, tmp_path, cap
     assert {(row["scale"], row["method"]) for row in read_rows(out / "dice.csv")} == {
         ("2x", name) for name in ("original", "zero_filling", "bicubic", "srcnn")
     }
+
+
+def fail_at(number, chain, change=lambda truth: truth, **options):
+    """Run the chain, which fails at one of the subjects."""
+    calls = iter(range(1, number + 1))
+
+    def changed(truth):
+        if next(calls) == number:
+            raise ValueError("a bad subject")
+        return change(truth)
+
+    with pytest.raises(RuntimeError) as raised:
+        chain(changed, **options)
+    assert str(root_cause(raised.value)) == "a bad subject"
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_run_that_fails_leaves_the_subjects_before(chain, tmp_path):
+    """In a new folder, after another network, and after itself, whose rows stay until it has as many."""
+    out = tmp_path / "out"
+    fail_at(2, chain)
+    methods = ["original", "zero_filling", "bicubic", "srcnn"]
+    assert [(row["subject"], row["method"]) for row in read_rows(out / "dice.csv")] == [("sub00", m) for m in methods]
+    assert contents(out).keys() == {"dice.csv"}  # no summary of a part
+
+    fail_at(3, chain)
+    assert {row["subject"] for row in read_rows(out / "dice.csv")} == {"sub00", "sub01"}
+    whole = chain(lambda truth: truth)
+    assert len(whole["srcnn"]) == 3
+    assert contents(out).keys() == {"dice.csv", "dice_summary.json"}  # nothing was set aside
+
+    fail_at(2, chain, network="srcnn_ref")
+    rows = read_rows(out / "dice.csv")
+    assert len(rows) == 13 and [row["subject"] for row in rows if row["method"] == "srcnn_ref"] == ["sub00"]
+    assert {name: [r["dice"] for r in rows if r["method"] == name] for name in methods} == whole
+    chain(lambda truth: truth, network="srcnn_ref")
+    assert contents(out).keys() == {"dice.csv", "dice_summary.json"}  # nothing was set aside
+
+    # With other weights: no mixture of both, and the new rows are not lost either.
+    before = contents(out)
+    fail_at(3, chain, lambda truth: truth.flip(1))
+    after = contents(out)
+    rows = read_rows(out / "unfinished-dice_srcnn_2x.csv")
+    assert [(row["subject"], row["method"]) for row in rows] == [(f"sub0{i}", m) for i in (0, 1) for m in methods]
+    assert rows[3]["dice"] < whole["srcnn"][0] - 0.3
+    assert after == {**before, "unfinished-dice_srcnn_2x.csv": after["unfinished-dice_srcnn_2x.csv"]}
+    assert chain(lambda truth: truth.flip(1))["srcnn"][0] == rows[3]["dice"]
+    assert contents(out).keys() == before.keys()
+
+
+def test_rows_of_another_segmenter_stay_until_the_end(chain, tmp_path):
+    out = tmp_path / "out"
+    chain(lambda truth: truth)
+    ours = read_rows(out / "dice.csv")[0]["segmenter"]
+    others = []
+    for name in ("first", "second"):  # what is left out gathers
+        others.append((out / "dice.csv").read_text().replace(ours, name))
+        (out / "dice.csv").write_text(others[-1])
+        fail_at(2, chain)
+        assert (out / "dice.csv").read_text() == others[-1]
+        assert len(read_rows(out / "unfinished-dice_srcnn_2x.csv")) == 4
+        chain(lambda truth: truth)
+        assert {row["segmenter"] for row in read_rows(out / "dice.csv")} == {ours}
+    assert contents(out).keys() == {"dice.csv", "dice_summary.json", "previous-dice.csv"}
+    assert [row["segmenter"] for row in read_rows(out / "previous-dice.csv")] == ["first"] * 12 + ["second"] * 12
+
+
+def test_what_is_no_table_is_refused_before_the_first_subject(chain, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dice.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(RuntimeError) as raised:
+        chain(lambda truth: pytest.fail("a subject was begun"))
+    assert "dice.csv: has the columns" in str(root_cause(raised.value))
+
+
+def test_a_picture_stays_in_its_folder(dataset_dir, tmp_path, chain):
+    """Whatever a datalist calls its subjects."""
+    items = [
+        {"subject": name, **{key: f"{dataset_dir}/sub0{i}/{key}.nii.gz" for key in ("t1", "t2", "seg")}}
+        for i, name in enumerate(["site1/01", "../x"])
+    ]
+    datalist = write_json(tmp_path / "list.json", {"training": items})
+    assert len(chain(lambda truth: truth, dataset_dir=str(datalist))["original"]) == 2
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
+    assert found == {"pictures/site1_01_srcnn_2x.png", "pictures/.._x_srcnn_2x.png"}
+    assert {row["subject"] for row in read_rows(tmp_path / "out" / "dice.csv")} == {"site1/01", "../x"}
 
 
 # --- Metrics and tables ---

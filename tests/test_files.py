@@ -17,6 +17,7 @@ from monai.transforms import SaveImage
 
 from glmamba_monai.files import (
     AtomicNibabelWriter,
+    file_stem,
     require_writable,
     write_atomically,
     write_checkpoint,
@@ -96,6 +97,14 @@ def test_a_folder_in_the_place_of_the_file(tmp_path):
     with pytest.raises(OSError, match="cannot be written"):
         write_json(tmp_path / "result.json", {})
     assert everything_under(tmp_path) == ["result.json", "result.json/kept"]
+
+
+def test_a_subject_names_files_in_their_folder():
+    """Names without a separator, which all of the layouts give, are their own stems."""
+    for name in ("sub00", "BraTS-GLI-00012-000", "IXI012-HH-1211", "Patient 1 (a).2", "µ", ".hidden"):
+        assert file_stem(name) == name
+    assert file_stem(7) == "7"
+    assert [file_stem(name) for name in ("site1/01", "../x", "/a", r"..\x")] == ["site1_01", ".._x", "_a", ".._x"]
 
 
 def test_json_is_indented_and_ends_with_a_newline(tmp_path):

@@ -7,15 +7,7 @@ from glmamba_monai.engines.checkpoint import (
     with_initial_weights,
 )
 from glmamba_monai.engines.distributed import join_process_group
-from glmamba_monai.engines.downstream import (
-    DownstreamResults,
-    MethodVolumes,
-    require_held_out,
-    segmentation_evaluator,
-    segmented_items,
-    trained_network,
-    trained_segmenter,
-)
+from glmamba_monai.engines.downstream import DownstreamResults, MethodVolumes
 from glmamba_monai.engines.ensemble import EnsembleMeand, SelfEnsembleInferer
 from glmamba_monai.engines.evaluation import ResultsWriter, SubjectMetrics, prepare_batch, super_resolved
 from glmamba_monai.engines.graphs import GraphInferer
@@ -54,16 +46,11 @@ __all__ = [
     "parameter_groups",
     "prepare_batch",
     "prepare_mask_batch",
-    "require_held_out",
-    "segmentation_evaluator",
     "segmentation_plan",
-    "segmented_items",
     "stacked_items",
     "super_resolved",
     "super_resolved_items",
     "trainable_parameters",
-    "trained_network",
-    "trained_segmenter",
     "training_plan",
     "with_initial_weights",
 ]

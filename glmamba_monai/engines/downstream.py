@@ -2,18 +2,15 @@
 
 The evaluator for super-resolution and that for segmentation form one chain in memory: of each subject,
 :class:`MethodVolumes` takes the volumes from the first, MONAI's ``ValidationHandler`` runs the second on them, and
-:class:`DownstreamResults` keeps what comes out.
+:class:`DownstreamResults` keeps what comes out. Where both come from says :mod:`glmamba_monai.experiments`.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,159 +18,29 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.engines import Evaluator, Workflow
+from monai.engines import Workflow
 from monai.metrics import compute_dice, compute_hausdorff_distance
-from PIL import Image, ImageDraw
-from scipy import ndimage, stats
 from torch import Tensor
 
-from glmamba_monai.data.datalist import DATALIST_FILE, Item, evaluation_items, patient_of
-from glmamba_monai.data.segmentation import labelled_items
-from glmamba_monai.engines.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, load_weights, read_checkpoint
-from glmamba_monai.engines.evaluation import BASELINES, Row
-from glmamba_monai.files import finite, write_atomically, write_csv, write_json
-from glmamba_monai.networks import build_network
+from glmamba_monai.dice import (
+    COLUMNS,
+    DICE_FILE,
+    DICE_SUMMARY_FILE,
+    ORIGINAL,
+    Row,
+    format_dice,
+    read_rows,
+    scale_name,
+    summarise_dice,
+)
+from glmamba_monai.engines.evaluation import BASELINES
+from glmamba_monai.files import file_stem, finite, write_atomically, write_csv, write_json
+from glmamba_monai.pictures import draw
 from glmamba_monai.transforms import ScaleByMedian
-from glmamba_monai.transforms.grid import find_display
 
 logger = logging.getLogger(__name__)
 
-ORIGINAL = "original"
-DICE_FILE, DICE_SUMMARY_FILE = "dice.csv", "dice_summary.json"
-COLUMNS = ("scale", "method", "subject", "dice", "hd95_mm", "true_ml", "predicted_ml", "segmenter")
-CONFIDENCE = 0.95
-PICTURE_ZOOM = 3
-TRUTH_COLOUR, PREDICTION_COLOUR = (0, 220, 0), (255, 40, 40)
-
-# --- weights that are missing are trained -------------------------------------------------------------------------
-
-
-def trained_segmenter(weights: str | None, output_dir: str, bundle_root: str, arguments: Mapping[str, Any]) -> str:
-    """The file of the segmenter's weights, which are trained where they are missing.
-
-    Args:
-        weights: the file to use; None for that in ``output_dir/segmentation``.
-        output_dir: folder of the results.
-        bundle_root: folder of the bundle, whose ``segmentation_train.json`` trains.
-        arguments: of that training.
-    """
-    if weights is not None:
-        return weights
-    folder = Path(output_dir) / "segmentation"
-    if not _is_finished(folder):
-        _train(bundle_root, ["train", "segmentation_train"], {**arguments, "output_dir": output_dir})
-    return str(folder / WEIGHTS_FILE)
-
-
-def segmented_items(evaluate_on: str, dataset_dir: str, segmenter: str, *arguments: Any) -> list[Item]:
-    """The subjects with a label to segment, by the split of the segmenter's training.
-
-    Args:
-        evaluate_on: see :func:`~glmamba_monai.data.evaluation_items`, as for the other arguments.
-        dataset_dir: the data set.
-        segmenter: file of the segmenter's weights, with its split beside it.
-        arguments: what follows ``output_dir`` there.
-    """
-    items = evaluation_items(evaluate_on, dataset_dir, Path(segmenter).parent, *arguments)
-    return labelled_items(items, dataset_dir)
-
-
-def trained_network(
-    weights: str | None,
-    network: str,
-    scale: Any,
-    output_dir: str,
-    bundle_root: str,
-    items: Sequence[Item],
-    arguments: Mapping[str, Any],
-) -> str | None:
-    """The file of the super-resolution network's weights, which are trained where they are missing.
-
-    They are those in ``output_dir/NETWORK_SCALEx``, of the last epoch, since the best one was chosen on the subjects
-    held out; or else ``model.pt`` in ``output_dir`` itself if it is of this network. A training that is needed goes to
-    the former and holds the given subjects out.
-
-    Args:
-        weights: the file to use instead.
-        network: registered name.
-        scale: factor, or the factors of both axes.
-        output_dir: folder of the results.
-        bundle_root: folder of the bundle, whose ``train.json`` trains.
-        items: the subjects to be segmented.
-        arguments: of that training.
-
-    Returns:
-        None for an interpolation, which has no weights.
-    """
-    if weights is not None or not any(True for _ in build_network(network).parameters()):
-        return weights
-    own = Path(output_dir) / f"{network}_{scale_name(scale)}"
-    if not _is_finished(own):
-        if _holds(Path(output_dir), network):
-            return str(Path(output_dir) / WEIGHTS_FILE)
-        held_out = [item["subject"] for item in items]
-        options = {"network": network, "scale": scale, "validation": held_out, "output_dir": str(own)}
-        _train(bundle_root, ["train"], {**arguments, **options})
-    last = own / CHECKPOINT_FILE
-    return str(last if last.is_file() else own / WEIGHTS_FILE)
-
-
-def scale_name(scale: Any) -> str:
-    """``4x`` of 4, ``2_4x`` of [2, 4]."""
-    return "_".join(f"{factor:g}" for factor in np.atleast_1d(scale)) + "x"
-
-
-def _is_finished(folder: Path) -> bool:
-    """Whether weights lie there, and no training that was stopped before its last epoch."""
-    if not (folder / WEIGHTS_FILE).is_file():
-        return False
-    if not (folder / CHECKPOINT_FILE).is_file():
-        return True
-    checkpoint = read_checkpoint(folder / CHECKPOINT_FILE)
-    return checkpoint["epoch"] >= checkpoint.get("max_epochs", 0)
-
-
-def _holds(folder: Path, network: str) -> bool:
-    """Whether weights of that network lie there."""
-    for name in (CHECKPOINT_FILE, WEIGHTS_FILE):  # the checkpoint knows its network's name
-        if (folder / name).is_file() and (folder / WEIGHTS_FILE).is_file():
-            try:
-                load_weights(build_network(network), folder / name, network)
-            except ValueError:
-                return False
-            return True
-    return False
-
-
-def _train(bundle_root: str, configs: Sequence[str], arguments: Mapping[str, Any]) -> None:
-    files = [str(Path(bundle_root) / "configs" / f"{name}.json") for name in configs]
-    print(f"\ntraining {arguments.get('network', 'the segmenter')} first, into {arguments['output_dir']}", flush=True)
-    workflow = ConfigWorkflow(files, workflow_type="train", logging_file=False, **{**arguments, "resume": True})
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-
-
-def require_held_out(items: Sequence[Item], weights: Sequence[str | None]) -> None:
-    """Make sure that no patient was trained on, as far as the splits beside files of weights say.
-
-    Raises:
-        ValueError: one was.
-    """
-    for path in filter(None, weights):
-        file = Path(path).parent / DATALIST_FILE
-        if file.is_file():
-            training = json.loads(file.read_text(encoding="utf-8"))["training"]
-            trained_on = {patient_of(item["subject"]) for item in training}
-            if found := sorted(item["subject"] for item in items if patient_of(item["subject"]) in trained_on):
-                raise ValueError(
-                    f"{', '.join(found)}: {path} was trained on their patients (see {file}); segment patients whom "
-                    "neither training has seen, or train with the same --validation"
-                )
-
-
-# --- the chain ----------------------------------------------------------------------------------------------------
+PREVIOUS_FILE = f"previous-{DICE_FILE}"
 
 
 class MethodVolumes:
@@ -197,9 +64,8 @@ class MethodVolumes:
     def __call__(self, engine: Engine) -> None:
         """Take ``target``, ``seg`` and the baselines of the one item, and its result ``pred``, all ``(1, X, Y, S)``."""
         (item,), (result,) = engine.state.batch, engine.state.output
-        self.volumes = {ORIGINAL: item["target"], **{name: item[name] for name in BASELINES}}
-        if self.network not in BASELINES:
-            self.volumes[self.network] = result["pred"]
+        volumes = {ORIGINAL: item["target"], self.network: result["pred"], **{name: item[name] for name in BASELINES}}
+        self.volumes = {method: _plain(volumes[method]) for method in self.methods}
         self.subject, self.mask = str(item["subject"]), _plain(item["seg"])
         self.affine = np.asarray(item["target"].affine.cpu())
 
@@ -210,7 +76,7 @@ class MethodVolumes:
         spacing = torch.from_numpy(np.linalg.norm(self.affine[:3, :3], axis=0))[None]
         for method in self.methods:
             yield {
-                "image": ScaleByMedian()(_plain(self.volumes[method]))[None],
+                "image": ScaleByMedian()(self.volumes[method])[None],
                 "target": self.mask[None],
                 "subject": [self.subject],
                 "method": [method],
@@ -220,36 +86,6 @@ class MethodVolumes:
 
 def _plain(volume: Tensor) -> Tensor:
     return torch.as_tensor(volume).as_subclass(torch.Tensor).detach().cpu()
-
-
-def segmentation_evaluator(
-    weights: str, volumes: MethodVolumes, bundle_root: str, arguments: Mapping[str, Any]
-) -> Evaluator:
-    """The evaluator of ``segmentation_train.json``, for other volumes and with the weights given.
-
-    Args:
-        weights: of the segmenter.
-        volumes: what it is to run on.
-        bundle_root: folder of the bundle.
-        arguments: those of the segmenter's training.
-
-    Raises:
-        FileNotFoundError, ValueError: the weights are missing or do not fit.
-    """
-    parser = ConfigParser()
-    parser.read_config([Path(bundle_root) / "configs" / f"{name}.json" for name in ("train", "segmentation_train")])
-    own = {"validate#dataloader": volumes, "validate#handlers": [], "validate#key_metric": None}
-    parser.update({**arguments, **own, "validate#evaluator#network": "@net"})
-    try:
-        load_weights(parser.get_parsed_content("net"), weights, parser.get_parsed_content("network"))
-    except ValueError as error:
-        found = parser.get_parsed_content("feature_size")
-        raise ValueError(
-            f"{error}; was the segmenter trained with another feature_size than {found}? Then name it in "
-            "--segmentation_options"
-        ) from error
-    logger.info("segmenter loaded from %s", weights)
-    return parser.get_parsed_content("validate#evaluator")
 
 
 def mask_metrics(predicted: Tensor, true: Tensor, spacing: Sequence[float]) -> dict[str, float]:
@@ -272,12 +108,18 @@ def mask_metrics(predicted: Tensor, true: Tensor, spacing: Sequence[float]) -> d
 
 
 class DownstreamResults:
-    """Collects the segmentations of all methods; at the end writes and shows the table.
+    """Collects the segmentations of all methods and writes them after every subject; at the end shows the table.
 
-    ``dice.csv`` has a row a subject, method and factor, ``dice_summary.json`` what :func:`summarise_dice` makes of
-    them. Rows of other networks and factors that an earlier run has written stay, if they are of the same segmenter and
-    subjects; else they are kept in ``previous-dice.csv`` only. ``pictures`` holds, of each subject, the slice with most
-    of the true mask, with outlines.
+    ``dice.csv`` has a row a subject, method and factor, ``dice_summary.json``, written at the end, what
+    :func:`~glmamba_monai.dice.summarise_dice` makes of them. Rows of other networks and factors that an earlier run has
+    written stay, if they are of the same segmenter and subjects; else they are kept in ``previous-dice.csv`` only,
+    which gathers such rows. ``pictures`` holds, of each subject, the slice with most of the true mask, with outlines.
+
+    A run that fails leaves the subjects before. In a half-done ``dice.csv`` the rows of one method at one factor are
+    all of one run, since the weights may have changed in between: rows of an earlier run stay, whole, until this one
+    has all of their subjects, and then make room for its own. Rows of another segmenter stay, and all new ones wait,
+    until the end. As long as some rows wait, all of this run stand in ``unfinished-dice_NETWORK_SCALEx.csv``, which a
+    run that reaches its end removes.
 
     Attach it to the evaluator for super-resolution, behind the handler that runs the segmenter.
 
@@ -310,222 +152,91 @@ class DownstreamResults:
 
     def attach(self, engine: Engine) -> None:
         self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.segmented)
-        engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
+        engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.subject_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    def started(self, engine: Engine) -> None:
+        self.rows.clear()
+        for name in (DICE_FILE, PREVIOUS_FILE):  # what is no such table is refused now, not after hours
+            self._rows_of(name)
 
     def segmented(self, engine: Engine) -> None:
         """Keep what the segmenter makes of one volume."""
         (item,), (result,) = engine.state.batch, engine.state.output
-        true, self.masks[item["method"]] = result["label"].cpu(), result["pred"].cpu()
+        true, self.masks[item["method"]] = _plain(result["label"]), _plain(result["pred"])
         metrics = mask_metrics(self.masks[item["method"]], true, item["spacing"].tolist())
         names = {"scale": self.scale, "method": item["method"], "subject": item["subject"]}
         self.rows.append({**names, **metrics, "segmenter": self.segmenter})
 
     def subject_completed(self, engine: Engine) -> None:
-        """Draw the subject whose volumes have all been segmented."""
+        """Write and draw the subject whose volumes have all been segmented."""
         made = {row["method"]: row["dice"] for row in self.rows if row["subject"] == self.volumes.subject}
         print(f"{self.volumes.subject}: Dice " + ", ".join(f"{k} {v:.4f}" for k, v in made.items()), flush=True)
-        picture = draw(self.volumes, self.masks, made)
-        name = f"{self.volumes.subject}_{self.volumes.network}_{self.scale}.png"
+        self._write_so_far()
+        picture = draw(self.volumes.volumes, self.volumes.mask, self.masks, made, self.volumes.affine)
+        name = f"{file_stem(self.volumes.subject)}_{self.volumes.network}_{self.scale}.png"
         write_atomically(self.output_dir / "pictures" / name, picture.save)
 
     def completed(self, engine: Engine) -> None:
         file = self.output_dir / DICE_FILE
-        rows = [*self._earlier(file), *self.rows]
+        rows = [*self._kept(), *self.rows]
         write_csv(file, rows, COLUMNS)
+        self.unfinished.unlink(missing_ok=True)
         summary = summarise_dice(rows)
         write_json(self.output_dir / DICE_SUMMARY_FILE, {**self.description, "scales": finite(summary)})
         print(f"\n{format_dice(summary)}\n\nwritten to {file}", flush=True)
 
-    def _earlier(self, file: Path) -> list[Row]:
-        """Rows of earlier runs that belong into one table with these."""
-        rows = read_rows(file) if file.is_file() else []
-        new = {(row["scale"], row["method"]) for row in self.rows}
-        subjects = {row["subject"] for row in self.rows}
-        kept = []
-        for key in dict.fromkeys((row["scale"], row["method"]) for row in rows):
-            of_method = [row for row in rows if (row["scale"], row["method"]) == key]
-            if {row["subject"] for row in of_method} != subjects or of_method[0]["segmenter"] != self.segmenter:
-                previous = write_atomically(file.with_name(f"previous-{file.name}"), lambda p: shutil.copyfile(file, p))
-                logger.warning(
-                    "%s: %s at %s is of other subjects or another segmenter: left out, kept in %s",
-                    *(file, key[1], key[0], previous.name),
-                )
-            elif key not in new:
-                kept += of_method
+    @property
+    def unfinished(self) -> Path:
+        """Where the rows of this run stand as long as some of them wait."""
+        return self.output_dir / f"unfinished-dice_{self.volumes.network}_{self.scale}.csv"
+
+    def _rows_of(self, name: str) -> list[Row]:
+        file = self.output_dir / name
+        return read_rows(file) if file.is_file() else []
+
+    def _write_so_far(self) -> None:
+        """Write the rows of the subjects that have been segmented, in the place of earlier ones where that is due."""
+        # Read anew each time, since a run of another network may write beside this one. What this run has written
+        # before is of subjects that it has.
+        found, mine, subjects = self._rows_of(DICE_FILE), {_method(row) for row in self.rows}, _subjects(self.rows)
+        waiting = mine & {_method(row) for row in found if row["subject"] not in subjects}
+        if any(row["segmenter"] != self.segmenter for row in found):
+            waiting = mine
+        kept = [row for row in found if _method(row) not in mine - waiting]
+        new = [row for row in self.rows if _method(row) not in waiting]
+        write_csv(self.output_dir / DICE_FILE, [*kept, *new], COLUMNS)
+        if waiting:
+            write_csv(self.unfinished, self.rows, COLUMNS)
+
+    def _kept(self) -> list[Row]:
+        """Rows of earlier runs that belong into one table with these, which are complete; others are set aside."""
+        earlier, mine, subjects = self._rows_of(DICE_FILE), {_method(row) for row in self.rows}, _subjects(self.rows)
+        kept, left_out = [], []
+        for method in dict.fromkeys(map(_method, earlier)):
+            rows = [row for row in earlier if _method(row) == method]
+            same_segmenter = all(row["segmenter"] == self.segmenter for row in rows)
+            if same_segmenter and method in mine and _subjects(rows) <= subjects:
+                continue  # made anew
+            if same_segmenter and method not in mine and _subjects(rows) == subjects:
+                kept += rows
+                continue
+            left_out += rows
+            logger.warning(
+                "%s: %s at %s is of other subjects or another segmenter: left out, kept in %s",
+                *(self.output_dir / DICE_FILE, method[1], method[0], PREVIOUS_FILE),
+            )
+        if left_out:
+            rows = [*self._rows_of(PREVIOUS_FILE), *left_out]
+            unique = {(*_method(row), row["subject"], row["segmenter"]): row for row in rows}
+            write_csv(self.output_dir / PREVIOUS_FILE, unique.values(), COLUMNS)
         return kept
 
 
-# --- tables -------------------------------------------------------------------------------------------------------
+def _method(row: Row) -> tuple[str, str]:
+    return row["scale"], row["method"]
 
 
-def read_rows(file: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a ``dice.csv``.
-
-    Raises:
-        ValueError: it is none.
-    """
-    with Path(file).open(encoding="utf-8", newline="") as text:
-        reader = csv.DictReader(text)
-        rows: list[Row] = list(reader)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{file}: has the columns {reader.fieldnames}, expected {list(COLUMNS)}; remove the file")
-    return [
-        {k: v if k in ("scale", "method", "subject", "segmenter") else float(v) for k, v in r.items()} for r in rows
-    ]
-
-
-def merged_rows(files: Sequence[str | os.PathLike[str]]) -> list[Row]:
-    """The rows of several ``dice.csv``, of other folds or networks, each subject, method and factor once.
-
-    Raises:
-        ValueError: no file is given, or one says of a subject's method what another does not.
-    """
-    if not files:
-        raise ValueError("no dice.csv is given; name at least one")
-    merged: dict[tuple[str, str, str], Row] = {}
-    for file in files:
-        for row in read_rows(file):
-            key = (row["scale"], row["method"], row["subject"])
-            if merged.setdefault(key, row)["segmenter"] != row["segmenter"]:
-                raise ValueError(
-                    f"{file}: has {row['subject']}, {row['method']} at {row['scale']} of segmenter {row['segmenter']}, "
-                    f"another file of {merged[key]['segmenter']}; merge runs that hold different subjects out"
-                )
-    return list(merged.values())
-
-
-def summarise_dice(rows: Sequence[Row], against: str = ORIGINAL) -> dict[str, dict[str, dict[str, Any]]]:
-    """``{scale: {method: figures}}``, methods from worst to best mean Dice.
-
-    The figures are the mean and SD (n - 1) over subjects of Dice and HD95 (mm), with the number of subjects; ``kept``,
-    the mean Dice over that of the originals of the same subjects; and ``difference``, the mean of the paired
-    differences of Dice to the method ``against``, with the interval of Student's t. A subject without a value (NaN)
-    does not count; one subject has neither SD nor interval (NaN).
-
-    Args:
-        rows: of :func:`read_rows` or :func:`merged_rows`. Not every method needs to have every subject.
-        against: the method that the others are compared to.
-
-    Raises:
-        ValueError: at one of the factors there are no rows of ``against``.
-    """
-    summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for scale in dict.fromkeys(row["scale"] for row in rows):
-        of_scale = [row for row in rows if row["scale"] == scale]
-        original, other = (
-            {row["subject"]: row["dice"] for row in of_scale if row["method"] == name} for name in (ORIGINAL, against)
-        )
-        if not other:
-            found = ", ".join(dict.fromkeys(row["method"] for row in of_scale))
-            raise ValueError(f"against: there are no rows of {against!r} at {scale}, expected one of {found}")
-        methods = {}
-        for method in dict.fromkeys(row["method"] for row in of_scale):
-            of_method = [row for row in of_scale if row["method"] == method]
-            dice, hd95 = (_mean_sd([row[name] for row in of_method]) for name in ("dice", "hd95_mm"))
-            differences = [row["dice"] - other[row["subject"]] for row in of_method if row["subject"] in other]
-            whole = _mean_sd([original.get(row["subject"], math.nan) for row in of_method])["mean"]
-            methods[method] = {
-                "dice": dice,
-                "hd95_mm": hd95,
-                "kept": dice["mean"] / whole if whole else math.nan,
-                "difference": {**_mean_sd(differences), "interval": list(interval(differences))},
-            }
-        summary[scale] = dict(sorted(methods.items(), key=lambda entry: entry[1]["dice"]["mean"]))
-    return summary
-
-
-def _mean_sd(values: Sequence[float]) -> dict[str, float]:
-    there = [v for v in values if not math.isnan(v)]
-    mean, sd = (float(np.mean(there)) if there else math.nan), float(np.std(there, ddof=1)) if there[1:] else math.nan
-    return {"mean": mean, "sd": sd, "subjects": len(there)}
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The confidence interval of the mean by Student's t; NaN of fewer than two values."""
-    figures = _mean_sd(values)
-    n = figures["subjects"]
-    if n < 2:
-        return math.nan, math.nan
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * figures["sd"] / math.sqrt(n)
-    return figures["mean"] - half, figures["mean"] + half
-
-
-def format_dice(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], against: str = ORIGINAL) -> str:
-    """A Markdown table for each factor; a mean over fewer subjects than the others says of how many.
-
-    Args:
-        summary: of :func:`summarise_dice`.
-        against: the method that it compares the others to.
-    """
-    tables = []
-    for scale, methods in summary.items():
-        subjects = max(figures["dice"]["subjects"] for figures in methods.values())
-        lines = [
-            f"Segmentation at {scale}, {subjects} held-out subject(s), mean ± SD over subjects",
-            "",
-            f"| method | Dice | of the originals' | HD95 (mm) | Dice minus that of {against} (95 % interval) |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
-        for method, figures in methods.items():
-            difference, (low, high) = figures["difference"], figures["difference"]["interval"]
-            bounds = f" ({low:+.4f} to {high:+.4f})" if math.isfinite(low) else ""
-            cells = [
-                method,
-                _mean_and_sd(figures["dice"], 4, subjects),
-                f"{100 * figures['kept']:.1f} %" if math.isfinite(figures["kept"]) else "",
-                _mean_and_sd(figures["hd95_mm"], 2, subjects),
-                "" if method == against else f"{difference['mean']:+.4f}{bounds}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
-
-
-def _mean_and_sd(figures: Mapping[str, float], digits: int, subjects: int) -> str:
-    if not figures["subjects"]:
-        return ""
-    sd = f" ± {figures['sd']:.{digits}f}" if math.isfinite(figures["sd"]) else ""
-    fewer = f" (of {figures['subjects']})" if figures["subjects"] < subjects else ""
-    return f"{figures['mean']:.{digits}f}{sd}{fewer}"
-
-
-# --- pictures -----------------------------------------------------------------------------------------------------
-
-
-def draw(volumes: MethodVolumes, masks: Mapping[str, Tensor], dice: Mapping[str, float]) -> Image.Image:
-    """All methods side by side, in the slice with most of the true mask: its outline green, the predicted one red.
-
-    Args:
-        volumes: of one subject.
-        masks: what was segmented in each, ``(1, X, Y, S)``.
-        dice: of each.
-    """
-    display = find_display(volumes.affine)
-    index = int(volumes.mask.sum(dim=(0, 1, 2)).argmax())
-
-    def rows(volume: Tensor) -> np.ndarray:
-        return display.rows(_plain(volume)[0, ..., index].numpy())
-
-    original = rows(volumes.volumes[ORIGINAL])
-    white = float(np.percentile(original[original > 0], 99.8)) if (original > 0).any() else 1.0
-    (box,) = ndimage.find_objects((original > 0.05 * white).astype(np.uint8)) or [(slice(None), slice(None))]
-    panels = []
-    for method in volumes.methods:
-        gray = np.clip(rows(volumes.volumes[method])[box] / white, 0, 1) * 255
-        picture = np.repeat(_zoomed(gray.round().astype(np.uint8))[..., None], 3, axis=2)
-        for mask, colour in ((volumes.mask, TRUTH_COLOUR), (masks[method], PREDICTION_COLOUR)):
-            inside = _zoomed(rows(mask)[box] > 0)
-            picture[inside & ~ndimage.binary_erosion(inside)] = colour
-        panels.append(Image.fromarray(picture))
-    width, height = panels[0].size
-    sheet = Image.new("RGB", (len(panels) * (width + 6) - 6, height + 22))
-    for i, (method, panel) in enumerate(zip(volumes.methods, panels)):
-        sheet.paste(panel, (i * (width + 6), 22))
-        ImageDraw.Draw(sheet).text((i * (width + 6) + 4, 5), f"{method}, Dice {dice[method]:.3f}", fill="white")
-    return sheet
-
-
-def _zoomed(image: np.ndarray) -> np.ndarray:
-    return image.repeat(PICTURE_ZOOM, axis=0).repeat(PICTURE_ZOOM, axis=1)
+def _subjects(rows: Sequence[Row]) -> set[str]:
+    return {row["subject"] for row in rows}

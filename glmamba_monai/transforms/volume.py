@@ -17,6 +17,7 @@ from monai.transforms.io.array import switch_endianness
 from monai.utils import ensure_tuple
 from nibabel import aff2axcodes
 
+from glmamba_monai.files import file_stem
 from glmamba_monai.formats import file_format, read_volume
 from glmamba_monai.transforms.augmentation import FACTORS
 from glmamba_monai.transforms.grid import (
@@ -52,14 +53,9 @@ def _grid(image: MetaTensor, fallback: str) -> tuple[Sequence[int], np.ndarray, 
     return image.shape[1:], image.affine.cpu().numpy(), _name(image, fallback)
 
 
-def _file_stem(subject: Any) -> str:
-    """The beginning of file names for a subject: of a datalist's site1/01 and site2/01, SaveImage would take 01."""
-    return str(subject).replace("/", "_")
-
-
 def record_prefix(record: str, item: Mapping[Hashable, Any]) -> str:
     """Where to keep the registration of an item: ``{subject}`` in ``record`` is the item's."""
-    return record.replace("{subject}", _file_stem(item.get("subject", "pair")))
+    return record.replace("{subject}", file_stem(item.get("subject", "pair")))
 
 
 def require_volume(image: torch.Tensor, name: str) -> None:
@@ -462,5 +458,5 @@ class NameOutputd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key].meta["filename_or_obj"] = f"{_file_stem(d[self.name_key])}.nii.gz"
+            d[key].meta["filename_or_obj"] = f"{file_stem(d[self.name_key])}.nii.gz"
         return d
