@@ -108,18 +108,15 @@ def mask_metrics(predicted: Tensor, true: Tensor, spacing: Sequence[float]) -> d
 
 
 class DownstreamResults:
-    """Collects the segmentations of all methods and writes them after every subject; at the end shows the table.
+    """Collects the segmentations of all methods; at the end writes and shows the table.
 
-    ``dice.csv`` has a row a subject, method and factor, ``dice_summary.json``, written at the end, what
+    ``dice.csv`` has a row a subject, method and factor, ``dice_summary.json`` what
     :func:`~glmamba_monai.dice.summarise_dice` makes of them. Rows of other networks and factors that an earlier run has
     written stay, if they are of the same segmenter and subjects; else they are kept in ``previous-dice.csv`` only,
     which gathers such rows. ``pictures`` holds, of each subject, the slice with most of the true mask, with outlines.
 
-    A run that fails leaves the subjects before. In a half-done ``dice.csv`` the rows of one method at one factor are
-    all of one run, since the weights may have changed in between: rows of an earlier run stay, whole, until this one
-    has all of their subjects, and then make room for its own. Rows of another segmenter stay, and all new ones wait,
-    until the end. As long as some rows wait, all of this run stand in ``unfinished-dice_NETWORK_SCALEx.csv``, which a
-    run that reaches its end removes.
+    Until the end the rows of this run stand in ``unfinished-dice_NETWORK_SCALEx.csv``, where a run that fails leaves
+    those of the subjects before: ``dice.csv`` never has a part of a run, nor a mixture of two.
 
     Attach it to the evaluator for super-resolution, behind the handler that runs the segmenter.
 
@@ -173,14 +170,14 @@ class DownstreamResults:
         """Write and draw the subject whose volumes have all been segmented."""
         made = {row["method"]: row["dice"] for row in self.rows if row["subject"] == self.volumes.subject}
         print(f"{self.volumes.subject}: Dice " + ", ".join(f"{k} {v:.4f}" for k, v in made.items()), flush=True)
-        self._write_so_far()
+        write_csv(self.unfinished, self.rows, COLUMNS)
         picture = draw(self.volumes.volumes, self.volumes.mask, self.masks, made, self.volumes.affine)
         name = f"{file_stem(self.volumes.subject)}_{self.volumes.network}_{self.scale}.png"
         write_atomically(self.output_dir / "pictures" / name, picture.save)
 
     def completed(self, engine: Engine) -> None:
         file = self.output_dir / DICE_FILE
-        rows = [*self._kept(), *self.rows]
+        rows = [*self._earlier(), *self.rows]
         write_csv(file, rows, COLUMNS)
         self.unfinished.unlink(missing_ok=True)
         summary = summarise_dice(rows)
@@ -189,48 +186,29 @@ class DownstreamResults:
 
     @property
     def unfinished(self) -> Path:
-        """Where the rows of this run stand as long as some of them wait."""
+        """Where the rows of this run stand until it ends."""
         return self.output_dir / f"unfinished-dice_{self.volumes.network}_{self.scale}.csv"
 
     def _rows_of(self, name: str) -> list[Row]:
         file = self.output_dir / name
         return read_rows(file) if file.is_file() else []
 
-    def _write_so_far(self) -> None:
-        """Write the rows of the subjects that have been segmented, in the place of earlier ones where that is due."""
-        # Read anew each time, since a run of another network may write beside this one. What this run has written
-        # before is of subjects that it has.
-        found, mine, subjects = self._rows_of(DICE_FILE), {_method(row) for row in self.rows}, _subjects(self.rows)
-        waiting = mine & {_method(row) for row in found if row["subject"] not in subjects}
-        if any(row["segmenter"] != self.segmenter for row in found):
-            waiting = mine
-        kept = [row for row in found if _method(row) not in mine - waiting]
-        new = [row for row in self.rows if _method(row) not in waiting]
-        write_csv(self.output_dir / DICE_FILE, [*kept, *new], COLUMNS)
-        if waiting:
-            write_csv(self.unfinished, self.rows, COLUMNS)
-
-    def _kept(self) -> list[Row]:
-        """Rows of earlier runs that belong into one table with these, which are complete; others are set aside."""
-        earlier, mine, subjects = self._rows_of(DICE_FILE), {_method(row) for row in self.rows}, _subjects(self.rows)
+    def _earlier(self) -> list[Row]:
+        """Rows of earlier runs that belong into one table with these; those that do not are set aside."""
+        rows, new, subjects = self._rows_of(DICE_FILE), {_method(row) for row in self.rows}, _subjects(self.rows)
         kept, left_out = [], []
-        for method in dict.fromkeys(map(_method, earlier)):
-            rows = [row for row in earlier if _method(row) == method]
-            same_segmenter = all(row["segmenter"] == self.segmenter for row in rows)
-            if same_segmenter and method in mine and _subjects(rows) <= subjects:
-                continue  # made anew
-            if same_segmenter and method not in mine and _subjects(rows) == subjects:
-                kept += rows
-                continue
-            left_out += rows
-            logger.warning(
-                "%s: %s at %s is of other subjects or another segmenter: left out, kept in %s",
-                *(self.output_dir / DICE_FILE, method[1], method[0], PREVIOUS_FILE),
-            )
+        for method in dict.fromkeys(map(_method, rows)):
+            of_method = [row for row in rows if _method(row) == method]
+            if _subjects(of_method) != subjects or of_method[0]["segmenter"] != self.segmenter:
+                left_out += of_method
+                logger.warning(
+                    "%s: %s at %s is of other subjects or another segmenter: left out, kept in %s",
+                    *(self.output_dir / DICE_FILE, method[1], method[0], PREVIOUS_FILE),
+                )
+            elif method not in new:
+                kept += of_method
         if left_out:
-            rows = [*self._rows_of(PREVIOUS_FILE), *left_out]
-            unique = {(*_method(row), row["subject"], row["segmenter"]): row for row in rows}
-            write_csv(self.output_dir / PREVIOUS_FILE, unique.values(), COLUMNS)
+            write_csv(self.output_dir / PREVIOUS_FILE, [*self._rows_of(PREVIOUS_FILE), *left_out], COLUMNS)
         return kept
 
 
