@@ -15,10 +15,17 @@ from typing import Any
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.engines import Evaluator
 
+from glmamba_monai.bundle import require_options
 from glmamba_monai.data.datalist import DATALIST_FILE, Item, evaluation_items, patient_of
 from glmamba_monai.data.segmentation import labelled_items
 from glmamba_monai.dice import scale_name
-from glmamba_monai.engines.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, load_weights, read_checkpoint
+from glmamba_monai.engines.checkpoint import (
+    CHECKPOINT_FILE,
+    WEIGHTS_FILE,
+    load_weights,
+    other_settings,
+    read_checkpoint,
+)
 from glmamba_monai.engines.downstream import MethodVolumes
 from glmamba_monai.networks import build_network
 
@@ -67,8 +74,9 @@ def trained_network(
     """The file of the super-resolution network's weights, which are trained where they are missing.
 
     They are those in ``output_dir/NETWORK_SCALEx``, of the last epoch, since the best one was chosen on the subjects
-    held out; or else ``model.pt`` in ``output_dir`` itself if it is of this network. A training that is needed goes to
-    the former and holds the given subjects out.
+    held out; or else ``model.pt`` in ``output_dir`` itself if it is of this network and, as far as the checkpoint
+    beside it says, of these contrasts and this factor. A training that is needed goes to the former and holds the given
+    subjects out.
 
     Args:
         weights: the file to use instead.
@@ -86,7 +94,8 @@ def trained_network(
         return weights
     own = Path(output_dir) / f"{network}_{scale_name(scale)}"
     if not _is_finished(own):
-        if _holds(Path(output_dir), network):
+        settings = {name: arguments[name] for name in ("target", "reference") if name in arguments}
+        if _holds(Path(output_dir), network, {**settings, "scale": scale}):
             return str(Path(output_dir) / WEIGHTS_FILE)
         held_out = [item["subject"] for item in items]
         options = {"network": network, "scale": scale, "validation": held_out, "output_dir": str(own)}
@@ -105,20 +114,21 @@ def _is_finished(folder: Path) -> bool:
     return checkpoint["epoch"] >= checkpoint.get("max_epochs", 0)
 
 
-def _holds(folder: Path, network: str) -> bool:
-    """Whether weights of that network lie there."""
-    for name in (CHECKPOINT_FILE, WEIGHTS_FILE):  # the checkpoint knows its network's name
+def _holds(folder: Path, network: str, settings: Mapping[str, Any]) -> bool:
+    """Whether weights of that network lie there, and of no training of something else."""
+    for name in (CHECKPOINT_FILE, WEIGHTS_FILE):  # the checkpoint knows its network's name, and what it is of
         if (folder / name).is_file() and (folder / WEIGHTS_FILE).is_file():
             try:
                 load_weights(build_network(network), folder / name, network)
             except ValueError:
                 return False
-            return True
+            return not other_settings(read_checkpoint(folder / name), settings)
     return False
 
 
 def _train(bundle_root: str, configs: Sequence[str], arguments: Mapping[str, Any]) -> None:
     files = [str(Path(bundle_root) / "configs" / f"{name}.json") for name in configs]
+    require_options(arguments, files)
     print(f"\ntraining {arguments.get('network', 'the segmenter')} first, into {arguments['output_dir']}", flush=True)
     workflow = ConfigWorkflow(files, workflow_type="train", logging_file=False, **{**arguments, "resume": True})
     workflow.initialize()
@@ -156,10 +166,12 @@ def segmentation_evaluator(
         arguments: those of the segmenter's training.
 
     Raises:
-        FileNotFoundError, ValueError: the weights are missing or do not fit.
+        FileNotFoundError, ValueError: the weights are missing or do not fit, or an argument is none of that training's.
     """
+    files = [str(Path(bundle_root) / "configs" / f"{name}.json") for name in ("train", "segmentation_train")]
+    require_options(arguments, files)
     parser = ConfigParser()
-    parser.read_config([Path(bundle_root) / "configs" / f"{name}.json" for name in ("train", "segmentation_train")])
+    parser.read_config(files)
     own = {"validate#dataloader": volumes, "validate#handlers": [], "validate#key_metric": None}
     parser.update({**arguments, **own, "validate#evaluator#network": "@net"})
     try:

@@ -21,7 +21,7 @@ from glmamba_monai.data import LabelledSlices, SliceDraw, labelled_items, split_
 from glmamba_monai.dice import format_dice, interval, merged_rows, read_rows, summarise_dice
 from glmamba_monai.engines import MethodVolumes, SelfEnsembleInferer, SliceDice, mask_of, prepare_mask_batch
 from glmamba_monai.engines.downstream import mask_metrics
-from glmamba_monai.experiments import require_held_out, segmentation_evaluator, trained_network
+from glmamba_monai.experiments import require_held_out, segmentation_evaluator, trained_network, trained_segmenter
 from glmamba_monai.files import write_checkpoint, write_json
 from glmamba_monai.inference import root_cause
 from glmamba_monai.networks import build_network
@@ -446,6 +446,30 @@ def test_weights_that_are_there_are_used(tmp_path):
     own = tmp_path / "srcnn_ref_4x"
     write_checkpoint(own / "model.pt", build_network("srcnn_ref").state_dict())
     assert trained_network(None, "srcnn_ref", 4, *arguments) == str(own / "model.pt")
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale", 2), ("reference", "pd"), (None, None)])
+def test_weights_of_a_training_of_something_else_are_not_used(tmp_path, monkeypatch, name, value):
+    trained = []
+    monkeypatch.setattr("glmamba_monai.experiments._train", lambda *arguments: trained.append(arguments[-1]))
+    network = build_network("srcnn").state_dict()
+    settings = {"target": "t2", "reference": "t1", "scale": 4}
+    write_checkpoint(tmp_path / "model.pt", network)
+    write_checkpoint(tmp_path / "checkpoint.pt", {"name": "srcnn", "network": network, "settings": settings})
+    wanted = {**settings, **({} if name is None else {name: value})}
+    pair = {key: wanted[key] for key in ("target", "reference")}
+    found = trained_network(None, "srcnn", wanted["scale"], str(tmp_path), str(BUNDLE), [], pair)
+    assert [(options["scale"], options["reference"]) for options in trained] == (
+        [(wanted["scale"], wanted["reference"])] if name else []
+    )
+    assert (found == str(tmp_path / "model.pt")) == (name is None)
+
+
+def test_an_option_that_the_segmenter_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"featuresize: there is no such option in .*did you mean feature_size\?"):
+        trained_segmenter(None, str(tmp_path), str(BUNDLE), {"featuresize": 24})
+    with pytest.raises(ValueError, match="featuresize: there is no such option"):
+        segmentation_evaluator("model.pt", MethodVolumes("srcnn"), str(BUNDLE), {"featuresize": 24})
 
 
 # --- Training ---

@@ -130,6 +130,17 @@ def read_weights(network: nn.Module, path: str | os.PathLike[str], name: str) ->
     return weights
 
 
+def other_settings(content: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its training that is not so; weights alone, and earlier versions, say nothing.
+
+    Args:
+        content: of :func:`read_checkpoint`.
+        settings: see :class:`TrainingState`.
+    """
+    recorded = content.get("settings", {}) if isinstance(content, dict) else {}
+    return {k: recorded[k] for k, v in settings.items() if k in recorded and not np.array_equal(recorded[k], v)}
+
+
 def _same_layout(one: str, other: str) -> bool:
     a, b = find_network(one), find_network(other)
     return (a.build, a.arguments) == (b.build, b.arguments)
@@ -501,13 +512,11 @@ class TrainingState:
                 f"{path}: is of epoch {checkpoint['epoch']}, but the training is to end at epoch "
                 f"{engine.state.max_epochs}; raise --epochs"
             )
-        recorded = checkpoint.get("settings", {})  # checkpoints of earlier versions have none
-        for name, value in self.settings.items():
-            if name in recorded and not np.array_equal(recorded[name], value):
-                raise ValueError(
-                    f"{path}: is of a training with --{name} {recorded[name]}, this one has {value}; "
-                    "resume it with the options it was started with, or train in another --output_dir"
-                )
+        for name, recorded in other_settings(checkpoint, self.settings).items():
+            raise ValueError(
+                f"{path}: is of a training with --{name} {recorded}, this one has {self.settings[name]}; "
+                "resume it with the options it was started with, or train in another --output_dir"
+            )
         average = checkpoint.get("average")
         if (average is None) != (self.average is None):
             raise ValueError(
