@@ -8,6 +8,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fire
@@ -190,6 +191,11 @@ def export_onnx(output: str, network: str = "glmamba", weights: str | None = Non
         network: registered network.
         weights: file of weights, instead of the bundle's model.pt for that network.
     """
+    if not output.endswith(".onnx"):  # such as the weights that are meant
+        raise ValueError(f"output {output}: the name must end in .onnx; weights are named with --weights")
+    from glmamba_monai.files import require_writable
+
+    require_writable(Path(output).absolute().parent)
     from glmamba_monai import onnx_export
     from glmamba_monai.bundle import locate_bundle, weights_folders
     from glmamba_monai.engines import find_weights, load_weights
@@ -199,6 +205,7 @@ def export_onnx(output: str, network: str = "glmamba", weights: str | None = Non
     found = find_weights(weights, weights_folders(locate_bundle(look_at_command_line=False), network), built)
     if found is not None:
         load_weights(built, found, network)
+    print("exporting, which takes a minute or two", file=sys.stderr, flush=True)
     onnx_export.export_onnx(built, output)
     print(output)
 

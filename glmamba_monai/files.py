@@ -130,9 +130,7 @@ def require_writable(folder: str | os.PathLike[str]) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise OSError(
-            f"output folder {folder}: cannot be written ({error.strerror}); choose another output_dir"
-        ) from error
+        raise OSError(f"output folder {folder}: cannot be written ({error.strerror}); choose another one") from error
     return folder
 
 

@@ -70,6 +70,8 @@ def file_format(path: PathLike) -> str:
         FileNotFoundError: there is no such file.
         ValueError: its name is of no format that is read.
     """
+    if not str(path):  # Path("") is the folder one is in
+        raise ValueError("found an empty name of a file; is a variable of the shell not set?")
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file")

@@ -309,8 +309,12 @@ def _mutual_information(
 
 
 def _value(method: sitk.ImageRegistrationMethod, transform: sitk.Transform, images: tuple[sitk.Image, ...]) -> float:
+    """The mutual information; 0 where the transform takes all points out of the other volume, such as a thin slab."""
     method.SetInitialTransform(transform)
-    return -method.MetricEvaluate(*images)
+    try:
+        return -method.MetricEvaluate(*images)
+    except RuntimeError:
+        return 0.0
 
 
 def _moved_on(transform: sitk.Transform, distance: float) -> list[sitk.Transform]:

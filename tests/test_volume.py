@@ -13,6 +13,7 @@ from monai.data import DataLoader, MetaTensor, decollate_batch
 from monai.transforms import Compose
 
 from glmamba_monai.files import AtomicNibabelWriter, SaveVolumed
+from glmamba_monai.inference import simulate
 from glmamba_monai.transforms import (
     DataRanged,
     ForegroundSlicesd,
@@ -100,8 +101,11 @@ def test_tensors_and_arrays_pass_the_same_checks(make_brain):
         (lambda a: np.where(a > 500, -np.inf, a), ["voxels are NaN or infinite"]),
         (lambda a: np.where(a > 500, 1e300, a.astype(np.float64)), ["voxels are NaN or infinite"]),
         (lambda a: 0 * a, ["every voxel is zero"]),
+        (lambda a: (a - a.mean()) / a.std(), ["% of the voxels are clearly below 0", "z-score"]),
+        (lambda a: (a + 1j).astype(np.complex64), ["holds complex numbers", "the magnitude"]),
+        (lambda a: np.zeros(a.shape, [(c, "u1") for c in "RGB"]), ["such as colours"]),
     ],
-    ids=["4-D", "2-D", "NaN", "inf", "-inf", "beyond float32", "zero"],
+    ids=["4-D", "2-D", "NaN", "inf", "-inf", "beyond float32", "zero", "z-score", "complex", "colours"],
 )
 def test_unusable_volumes_are_named(tmp_path, make_brain, make_volume, change, words):
     path = make_volume(tmp_path / "sub00" / "t2.nii.gz", change(make_brain()["t2"]))
@@ -111,6 +115,33 @@ def test_unusable_volumes_are_named(tmp_path, make_brain, make_volume, change, w
     assert str(error.value).startswith(f"{path}: ")
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_little_undershoot_is_no_harm(tmp_path, make_brain, make_volume):
+    """As of resampling at edges."""
+    brain = make_brain()["t2"]
+    path = make_volume(tmp_path / "t2.nii.gz", np.where(brain == 0, -0.02 * brain.max(), brain))
+    assert LoadVolume()(path).min() < 0
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_header_that_does_not_say_where_the_volume_lies(tmp_path, make_brain, value):
+    path = tmp_path / "t2.nii"
+    image = nib.Nifti1Image(make_brain()["t2"], np.eye(4))
+    image.header["qform_code"], image.header["sform_code"] = 0, 1
+    nib.save(image, path)
+    content = bytearray(path.read_bytes())
+    content[280:328] = np.full(12, value, "<f4").tobytes()  # srow_x, srow_y, srow_z
+    path.write_bytes(content)
+    for load in (LoadVolume(), lambda file: simulate(file, tmp_path / "low.nii.gz")):
+        with pytest.raises(ValueError, match="the affine in its header is .* repair the header") as error:
+            load(path)
+        assert str(error.value).startswith(f"{path}: ")
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in():
+    with pytest.raises(ValueError, match="found an empty name of a file"):
+        LoadVolume()("")
 
 
 @pytest.mark.parametrize("suffix, cut", [(".nii.gz", 0.5), (".nii.gz", 0.005), (".nii.gz", 0), (".nii", 0.5)])

@@ -69,6 +69,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever pickle or the zip reader happen to raise on a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "weights_only" in reason:  # torch advises to run what is in it
+            reason = "it holds other things than tensors and plain values"
         raise ValueError(
             f"{path}: is no file of weights, or a damaged one ({reason}); copy it again or choose another file"
         ) from error
@@ -175,6 +177,10 @@ def find_weights(
         return None
     whole = None if factor is None else whole_factor(factor)
     names = [WEIGHTS_FILE] if whole is None else [FACTOR_FILE.format(whole), WEIGHTS_FILE]
+    if weights is not None and Path(weights).is_dir():
+        raise FileNotFoundError(
+            f"weights {weights}: is a folder, expected a file such as {Path(weights) / WEIGHTS_FILE}"
+        )
     candidates = [Path(folder) / name for folder in folders for name in names] if weights is None else [Path(weights)]
     for path in candidates:
         if path.is_file():

@@ -101,7 +101,7 @@ def find_slice_axis(affine: np.ndarray, slice_axis: str | int = "auto") -> int:
         if spacing[thickest] > THICK_SLICES * np.delete(spacing, thickest).max():
             return thickest
         slice_axis = "axial"
-    if slice_axis not in PLANES:
+    if not isinstance(slice_axis, str) or slice_axis not in PLANES:
         raise ValueError(f"slice_axis must be auto, 0, 1, 2, {', '.join(PLANES)}; got {slice_axis!r}")
     codes = nib.aff2axcodes(affine)
     return next(axis for axis, code in enumerate(codes) if code in PLANES[slice_axis])
@@ -227,7 +227,7 @@ def match_grids(
 
 
 def _in_plane_factors(scale: float | Sequence[float]) -> list[float]:
-    factors = [scale, scale] if isinstance(scale, (int, float)) else list(scale)
+    factors = [scale, scale] if isinstance(scale, (int, float)) else list(scale) if isinstance(scale, Sequence) else []
     if len(factors) != 2 or not all(isinstance(f, (int, float)) and f >= 1 for f in factors):
         raise ValueError(f"scale must be auto, a number >= 1 or one such number per in-plane axis, got {scale!r}")
     return factors

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -148,7 +148,7 @@ class KSpaceLowResolution(Transform):
     def __init__(
         self, scale: float | Sequence[float], mode: str = "crop", noise_std: float = 0.0, seed: int = 0
     ) -> None:
-        factors = (scale,) if isinstance(scale, Real) else tuple(scale)
+        factors = (scale,) if isinstance(scale, Real) else tuple(scale) if isinstance(scale, Iterable) else ()
         if not factors or not all(isinstance(s, Real) and math.isfinite(s) and s >= 1 for s in factors):
             raise ValueError(f"scale must be a finite number >= 1, or one per spatial axis, got {scale!r}.")
         if mode not in ("crop", "zero_fill"):

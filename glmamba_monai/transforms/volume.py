@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 FOREGROUND_LEVEL = 0.05  # of the volume's 99.9th percentile: above the noise of a head scan, below its tissue
 MIN_FOREGROUND = 0.05  # of a slice (docs/data.md, metrics)
+CLEARLY_NEGATIVE, MANY = 0.05, 0.01  # of the volume's maximum; share of its voxels
 SLICE_AXIS_KEY = "slice_axis"
 KEPT_SLICES_KEY = "kept_slices"  # of the whole volume: which of its slices were selected
 COMMON_KEY = "common_rows"  # what a reference on another grid covers in plane: where the result is cut
@@ -62,7 +63,8 @@ def require_volume(image: torch.Tensor, name: str) -> None:
     """Make sure that ``(1, X, Y, Z)`` holds a usable volume.
 
     Raises:
-        ValueError: it has other dimensions, NaN or infinite voxels, or only zeros.
+        ValueError: it has other dimensions, NaN or infinite voxels, only zeros, or so many voxels below 0 that it is no
+            magnitude image.
     """
     if image.dim() != 4 or image.shape[0] != 1:
         raise ValueError(
@@ -76,6 +78,26 @@ def require_volume(image: torch.Tensor, name: str) -> None:
         )
     if not bool((image != 0).any()):
         raise ValueError(f"{name}: every voxel is zero; the file was exported or masked wrongly")
+    # Resampling undershoots a little at edges. What has been shifted to a mean of 0 is folded at 0 in a simulation.
+    below = (image < -CLEARLY_NEGATIVE * image.max()).float().mean().item()
+    if below > MANY:
+        raise ValueError(
+            f"{name}: {below:.0%} of the voxels are clearly below 0; expected a magnitude image, without "
+            "normalisation to a mean of 0 (z-score)"
+        )
+
+
+def require_affine(affine: np.ndarray, name: str) -> None:
+    """Make sure that an affine says where the voxels lie.
+
+    Raises:
+        ValueError: it has NaN or infinite values, or no volume.
+    """
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        raise ValueError(
+            f"{name}: the affine in its header is {np.round(affine[:3], 3).tolist()}; expected finite numbers and "
+            "three directions: repair the header (sform and qform)"
+        )
 
 
 class LoadVolume(Transform):
@@ -86,8 +108,8 @@ class LoadVolume(Transform):
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is of another format, cannot be read (truncated, say), is not 3-D, has NaN or infinite voxels or
-            only zeros.
+        ValueError: it is of another format, cannot be read (truncated, say), holds complex numbers or colours, or is
+            refused by :func:`require_volume` or :func:`require_affine`.
     """
 
     def __init__(self) -> None:
@@ -105,14 +127,19 @@ class LoadVolume(Transform):
             try:
                 path = Path(source).expanduser()
                 array, meta = self.reader.get_data(self.reader.read(path))
-                meta = {**switch_endianness(meta, "<"), "filename_or_obj": str(path)}
-                image = MetaTensor.ensure_torch_and_prune_meta(array.astype(np.float32), meta)
-                image = self.channel_first(image, meta_dict=meta)
             except Exception as error:  # whatever nibabel, gzip or zlib happen to raise on a damaged file
                 reason = " ".join(str(error).split())
                 raise ValueError(
                     f"{source}: cannot be read as NIfTI ({reason}); the file is damaged or truncated: copy it again"
                 ) from error
+            if array.dtype.kind not in "fiub":
+                found = "complex numbers" if array.dtype.kind == "c" else f"{array.dtype}, such as colours"
+                raise ValueError(f"{source}: holds {found}, expected one real number a voxel, the magnitude")
+            require_affine(np.asarray(meta["affine"]), str(source))
+            meta = {**switch_endianness(meta, "<"), "filename_or_obj": str(path)}
+            with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, which is refused below
+                image = MetaTensor.ensure_torch_and_prune_meta(array.astype(np.float32), meta)
+            image = self.channel_first(image, meta_dict=meta)
         require_volume(image, _name(image, "image"))
         return image
 
