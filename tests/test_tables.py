@@ -449,7 +449,8 @@ def test_overlays_are_of_the_trainings_alone_and_part_of_the_protocol(tables, bu
 
 def test_an_option_of_an_overlay_alone_is_no_option_of_the_evaluation(tables, bundle, arguments):
     own = {
-        "train#augmentation#transforms#9#noisy": 0.5,
+        "kspace_noise_prob": 0.5,
+        "average#decay": 0.99,
         "train#slices#first_pair": 0.9,
         "validation_scales": [2, 3],
         "val_batch_size": 2,
@@ -459,7 +460,7 @@ def test_an_option_of_an_overlay_alone_is_no_option_of_the_evaluation(tables, bu
     )
     training, evaluation = (options for _, options in bundle.calls)
     assert own.items() <= training.items()
-    assert not {"train#augmentation#transforms#9#noisy", "validation_scales"} & evaluation.keys()
+    assert not {"kspace_noise_prob", "average#decay", "validation_scales"} & evaluation.keys()
     assert evaluation["val_batch_size"] == 2
     assert evaluation["train#augmentation#keys"] == "image"  # train.json has it, too
 

@@ -1,6 +1,7 @@
 """Random transforms of single slices for weights that serve every factor (docs/training.md): k-space and contrast.
 
-What MONAI has (gamma, histogram, noise, misalignment, intensity) is taken from there, in ``train_general.json``.
+What MONAI has (gamma, histogram, noise, misalignment, intensity) is taken from there, in ``train_general.json``, which
+alone says how often and how much: here nothing of that has a default.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class RandPixelSized(RandomizableTransform, MapTransform):
         prob: how often the pixels are changed.
     """
 
-    def __init__(self, keys: KeysCollection, size_key: Hashable, largest: float = 1.25, prob: float = 0.9) -> None:
+    def __init__(self, keys: KeysCollection, size_key: Hashable, largest: float, prob: float) -> None:
         RandomizableTransform.__init__(self, prob)
         MapTransform.__init__(self, keys)
         self.size_key = size_key
@@ -80,13 +81,13 @@ class RandLowResolutiond(Randomizable, Transform):
         target_key: Hashable,
         output_key: Hashable,
         divisors_key: Hashable,
-        upsampling: str = "zero_fill",
-        factors: Sequence[float] = (FACTORS[0], FACTORS[-1]),
-        whole: float = 0.7,
-        shares: Sequence[float] = (1,) * len(FACTORS),
-        zero_fill: float = 0.1,
-        noisy: float = 0.2,
-        noise_std: float = 0.03,
+        upsampling: str,
+        factors: Sequence[float],
+        whole: float,
+        shares: Sequence[float],
+        zero_fill: float,
+        noisy: float,
+        noise_std: float,
     ) -> None:
         self.target_key = target_key
         self.output_key = output_key
