@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from monai.transforms import Compose
 from scipy.ndimage import center_of_mass
 
 from glmamba_monai.data import ContrastPairs, ContrastVolume, SliceDraw, SliceSampler, contrast_items, volume_dataset
+from glmamba_monai.inference import root_cause
 from glmamba_monai.transforms import FACTORS, RandFunctiond, RandLowResolutiond, RandPixelSized, inverted_contrast
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
@@ -148,6 +150,24 @@ def test_the_overlay_for_one_factor_leaves_out_what_serves_generality(scale):
     assert parser.get_parsed_content("validation_scales") == [scale]
     parser["pairs"] = {name: parser[f"train#slices#{name}"] for name in ("first_pair", "wrong_reference")}
     assert parser.get_parsed_content("pairs") == {"first_pair": 0.7, "wrong_reference": 0}
+
+
+@pytest.mark.parametrize(
+    "factors", [[[2, 4], [2, 4]], [2, 4, 3], [4, 2], [0.5, 2], [2, np.inf], [2, np.nan], ["2", "4"], 2], ids=str
+)
+def test_factors_that_are_no_limits_are_refused(factors):
+    found = re.escape(f"factors={factors!r}")
+    with pytest.raises(ValueError, match=rf"^{found}: expected two numbers from 1 on, the smallest and the largest"):
+        degradation(factors=factors)
+
+
+def test_a_factor_per_axis_is_refused_before_the_volumes_are_prepared(subjects, monkeypatch, tmp_path):
+    """--scale "[2,4]", which train.json takes, with train_contrasts.json over it."""
+    monkeypatch.setattr(ContrastVolume, "__call__", lambda *_: pytest.fail("a volume is prepared"))
+    parser = configured("train_contrasts", scale=[2, 4], dataset_dir=subjects[1], output_dir=str(tmp_path / "out"))
+    with pytest.raises(RuntimeError, match=r"Failed to instantiate .*\.RandLowResolutiond") as error:
+        parser.get_parsed_content("train#trainer")
+    assert re.match(r"factors=\[\[2, 4\], \[2, 4\]\]: expected two numbers", str(root_cause(error.value)))
 
 
 def test_the_divisor_between_factors_is_that_of_the_volume(volumes, subjects):

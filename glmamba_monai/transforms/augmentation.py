@@ -6,7 +6,9 @@ alone says how often and how much: here nothing of that has a default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -63,7 +65,7 @@ class RandLowResolutiond(Randomizable, Transform):
         divisors_key: holds the divisor of the low-resolution volume at each of :data:`FACTORS`, in the units of the
             slice; between these factors it is interpolated.
         upsampling: mode of :class:`KSpaceUpsample`.
-        factors: smallest and largest factor; both axes have the same.
+        factors: smallest and largest factor, two numbers of at least 1; both axes have the same factor.
         whole: how often the factor is one of :data:`FACTORS` instead of any number between the limits.
         shares: how these draws are shared out among :data:`FACTORS`, such as (3, 1, 1) for three of five at the first;
             what lies outside the limits gets none.
@@ -73,7 +75,8 @@ class RandLowResolutiond(Randomizable, Transform):
         noise_std: largest standard deviation of that noise, in units of the divisor.
 
     Raises:
-        ValueError: the shares are not as many as the factors, negative, or leave no factor to draw.
+        ValueError: the factors are no such numbers; the shares are not as many as :data:`FACTORS`, negative, or leave
+            no factor to draw.
     """
 
     def __init__(
@@ -93,6 +96,12 @@ class RandLowResolutiond(Randomizable, Transform):
         self.output_key = output_key
         self.divisors_key = divisors_key
         self.upsample = KSpaceUpsample(upsampling)
+        two = isinstance(factors, Sequence) and len(factors) == 2 and all(isinstance(f, Real) for f in factors)
+        if not two or not 1 <= factors[0] <= factors[1] < math.inf:
+            raise ValueError(
+                f"factors={factors!r}: expected two numbers from 1 on, the smallest and the largest factor; both axes "
+                "have the same, so a factor is not one number per axis"
+            )
         self.factors = factors
         self.whole = whole
         if len(shares) != len(FACTORS) or min(shares) < 0:
