@@ -152,7 +152,8 @@ def main(
         load_weights(net, path, network)
 
     volumes = Compose(parser.get_parsed_content("train#deterministic_transforms"))(found)
-    select = Compose(parser.get_parsed_content("validate#baselines"))
+    steps = ("target_levels", "interpolations", "slice_selection")
+    select = Compose([transform for step in steps for transform in parser.get_parsed_content(f"validate#{step}")])
     other_reference = of_another(wrong["reference"], volumes["reference"])
     with_other = select({**volumes, "image": torch.cat((volumes["image"][:1], other_reference))})
     item = {k: v.as_tensor() if hasattr(v, "as_tensor") else v for k, v in select(volumes).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,15 +15,29 @@ from monai.transforms import Compose
 from scipy.ndimage import center_of_mass
 
 from glmamba_monai.data import ContrastPairs, ContrastVolume, SliceDraw, SliceSampler, contrast_items, volume_dataset
+from glmamba_monai.inference import root_cause
 from glmamba_monai.transforms import FACTORS, RandFunctiond, RandLowResolutiond, RandPixelSized, inverted_contrast
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
+# How often something happens to a sample after it is drawn, by the names in train_general.json.
+CHANCES = (
+    "missing_reference_prob",
+    "pixel_size_prob",
+    "move_prob",
+    "gamma_prob",
+    "histogram_prob",
+    "invert_prob",
+    "intensity_prob",
+    "reference_noise_prob",
+    "zero_fill_prob",
+    "kspace_noise_prob",
+)
 
 
-def configured(**overrides):
+def configured(*overlays, **overrides):
     """train.json with train_general.json over it; of the transforms, those of the overlay as dictionaries."""
     parser = ConfigParser()
-    parser.read_config([str(CONFIGS / name) for name in ("train.json", "train_general.json")])
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in ("train", "train_general", *overlays)])
     for name, value in {"network": "srcnn_ref", "num_workers": 0, **overrides}.items():
         parser[name] = value
     return parser
@@ -30,20 +45,35 @@ def configured(**overrides):
 
 def augmentation(calm=False, only=None, **overrides):
     """That of train_general.json; ``calm``: nothing random is done but the factor; ``only``: one transform alone."""
-    parser = configured(**overrides)
+    parser = configured(**{**(dict.fromkeys(CHANCES, 0) if calm else {}), **overrides})
     steps = parser["train#augmentation#transforms"]
     if calm:
-        for step in steps:
-            if "prob" in step or step["_target_"].endswith("RandPixelSized"):
-                step["prob"] = 0
-            if step["_target_"].endswith("RandLowResolutiond"):
-                step.update(noisy=0, zero_fill=0)
         steps = [step for step in steps if not step["_target_"].endswith("RandOrientedCropd")]
     if only is not None:
-        steps = [{**step, "prob": 1} for step in steps if step["_target_"].endswith(only)]
-        assert len(steps) == 1
+        steps = [{**the_step(parser, only), "prob": 1}]
     parser["train#augmentation#transforms"] = steps
     return parser.get_parsed_content("train#augmentation")
+
+
+def the_step(parser, name):
+    """The one transform of that class, as a dictionary."""
+    (step,) = (s for s in parser["train#augmentation#transforms"] if s["_target_"].endswith(name))
+    return step
+
+
+def degradation(**changes):
+    """That of train_general.json, with other arguments."""
+    parser = configured()
+    parser["arguments"] = {**the_step(parser, "RandLowResolutiond"), **changes}
+    del parser["arguments"]["_target_"]
+    return RandLowResolutiond(**parser.get_parsed_content("arguments"))
+
+
+def augmented_pairs(volumes, **overrides):
+    """Samples of train_general.json in small crops."""
+    parser = configured(crop_size=24, **overrides)
+    parser["train#dataset"] = volumes
+    return parser.get_parsed_content("train#slices")
 
 
 def blob(size, centre, width=4.0):
@@ -98,32 +128,46 @@ def test_without_chance_a_slice_is_that_of_the_single_scale_training(subjects, v
 
 @pytest.mark.parametrize("scale", [2.5, 3])
 def test_the_overlay_for_one_factor_leaves_out_what_serves_generality(scale):
-    """train_contrasts.json names transforms by their position in train_general.json."""
-    parser = ConfigParser()
-    parser.read_config([str(CONFIGS / f"{name}.json") for name in ("train", "train_general", "train_contrasts")])
-    parser["scale"] = scale
+    parser = configured("train_contrasts", scale=scale)
     steps = parser.get_parsed_content("train#augmentation").transforms
-    names = [type(step).__name__ for step in steps]
-    probabilities = [getattr(step, "prob", None) for step in steps]
-    assert dict(zip(names[:4] + names[5:7], probabilities[:4] + probabilities[5:7])) == {
-        "RandPixelSized": 0,
-        "RandAffined": 0.2,
-        "RandAdjustContrastd": 0.15,
-        "RandHistogramShiftd": 0,
-        "RandScaleIntensityd": 0.5,
-        "RandRicianNoised": 0,
-    }
-    assert (names[4], names[7], names[8]) == ("RandFunctiond", "RandFunctiond", "RandScaleIntensityd")
-    assert (probabilities[4], probabilities[7], probabilities[8]) == (0.02, 0, 0.5)
-    degrade = steps[9]
-    assert isinstance(degrade, RandLowResolutiond)
+    assert [(type(s).__name__, s.prob) for s in steps if hasattr(s, "prob")] == [
+        ("RandPixelSized", 0),
+        ("RandAffined", 0.2),
+        ("RandAdjustContrastd", 0.15),
+        ("RandHistogramShiftd", 0),
+        ("RandFunctiond", 0.02),
+        ("RandScaleIntensityd", 0.5),
+        ("RandRicianNoised", 0),
+        ("RandFunctiond", 0),
+        ("RandScaleIntensityd", 0.5),
+    ]
+    assert [s.func for s in steps if isinstance(s, RandFunctiond)] == [inverted_contrast, torch.zeros_like]
+    (degrade,) = (s for s in steps if isinstance(s, RandLowResolutiond))
     for seed in range(50):
         degrade.set_random_state(seed=seed)
         degrade.randomize()
         assert (degrade.factor, degrade.mode, degrade.noise) == (scale, "crop", 0)
     assert parser.get_parsed_content("validation_scales") == [scale]
-    slices = parser["train#slices"]
-    assert (slices["first_pair"], slices["wrong_reference"]) == (0.7, 0)
+    parser["pairs"] = {name: parser[f"train#slices#{name}"] for name in ("first_pair", "wrong_reference")}
+    assert parser.get_parsed_content("pairs") == {"first_pair": 0.7, "wrong_reference": 0}
+
+
+@pytest.mark.parametrize(
+    "factors", [[[2, 4], [2, 4]], [2, 4, 3], [4, 2], [0.5, 2], [2, np.inf], [2, np.nan], ["2", "4"], 2], ids=str
+)
+def test_factors_that_are_no_limits_are_refused(factors):
+    found = re.escape(f"factors={factors!r}")
+    with pytest.raises(ValueError, match=rf"^{found}: expected two numbers from 1 on, the smallest and the largest"):
+        degradation(factors=factors)
+
+
+def test_a_factor_per_axis_is_refused_before_the_volumes_are_prepared(subjects, monkeypatch, tmp_path):
+    """--scale "[2,4]", which train.json takes, with train_contrasts.json over it."""
+    monkeypatch.setattr(ContrastVolume, "__call__", lambda *_: pytest.fail("a volume is prepared"))
+    parser = configured("train_contrasts", scale=[2, 4], dataset_dir=subjects[1], output_dir=str(tmp_path / "out"))
+    with pytest.raises(RuntimeError, match=r"Failed to instantiate .*\.RandLowResolutiond") as error:
+        parser.get_parsed_content("train#trainer")
+    assert re.match(r"factors=\[\[2, 4\], \[2, 4\]\]: expected two numbers", str(root_cause(error.value)))
 
 
 def test_the_divisor_between_factors_is_that_of_the_volume(volumes, subjects):
@@ -137,7 +181,7 @@ def test_the_divisor_between_factors_is_that_of_the_volume(volumes, subjects):
 
 
 def test_every_draw_of_the_degradation_is_within_its_limits():
-    degrade = RandLowResolutiond("target", "upsampled", "divisors")
+    degrade = degradation()
     seen = Counter()
     draws = 1500
     for seed in range(draws):
@@ -162,7 +206,7 @@ def test_every_draw_of_the_degradation_is_within_its_limits():
     ids=str,
 )
 def test_the_shares_of_the_whole_factors(shares, factors, expected):
-    degrade = RandLowResolutiond("target", "upsampled", "divisors", factors=factors, whole=1, shares=shares)
+    degrade = degradation(factors=factors, whole=1, shares=shares)
     degrade.set_random_state(seed=0)
     draws = 2000
     seen = Counter()
@@ -185,13 +229,13 @@ def test_the_shares_of_the_whole_factors(shares, factors, expected):
 )
 def test_shares_that_fit_no_factor_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        RandLowResolutiond("target", "upsampled", "divisors", **options)
+        degradation(**options)
 
 
 @pytest.mark.parametrize("factors", [(2, 4), (2, 2)])
 def test_equal_shares_are_drawn_as_ever(factors):
     """A training that was begun before there were shares goes on with the same draws."""
-    degrade = RandLowResolutiond("target", "upsampled", "divisors", factors=factors)
+    degrade = degradation(factors=factors)
     among = [f for f in (2, 3, 4) if factors[0] <= f <= factors[1]]
     for seed in range(40):
         degrade.set_random_state(seed=seed)
@@ -202,14 +246,14 @@ def test_equal_shares_are_drawn_as_ever(factors):
 
 
 def test_without_whole_factors_the_shares_do_not_matter():
-    degrade = RandLowResolutiond("target", "upsampled", "divisors", factors=(2.2, 2.8), whole=0)
+    degrade = degradation(factors=(2.2, 2.8), whole=0)
     degrade.randomize()
     assert 2.2 <= degrade.factor <= 2.8
 
 
 def test_the_noise_is_that_of_the_magnitude_of_the_low_resolution():
     """In the air a Rician magnitude has the mean sqrt(pi / 2) sigma, in units of the divisor."""
-    degrade = RandLowResolutiond("target", "upsampled", "divisors", noisy=1, zero_fill=1, noise_std=0.03)
+    degrade = degradation(noisy=1, zero_fill=1, noise_std=0.03)
     air = torch.zeros(1, 96, 96)
     for seed in range(4):
         degrade.set_random_state(seed=seed)
@@ -263,8 +307,7 @@ def test_the_reference_is_moved_by_two_pixels_and_three_degrees_at_most():
 
 def test_a_reference_that_is_not_moved_is_not_resampled():
     parser = configured()
-    step = {**parser["train#augmentation#transforms"][1], "prob": 1, "rotate_range": 0, "translate_range": [0, 0]}
-    assert step["_target_"] == "RandAffined"
+    step = {**the_step(parser, "RandAffined"), "prob": 1, "rotate_range": 0, "translate_range": [0, 0]}
     parser["train#augmentation#transforms"] = [step]
     image = torch.rand(1, 31, 40, generator=torch.Generator().manual_seed(0))
     moved = parser.get_parsed_content("train#augmentation")({"reference": image})["reference"]
@@ -283,8 +326,7 @@ def test_inverted_contrast_swaps_tissues_and_keeps_the_air():
 
 
 def test_missing_and_wrong_references_come_up_as_often_as_said(volumes):
-    parser = configured(crop_size=24)
-    pairs = ContrastPairs(volumes, parser.get_parsed_content("train#augmentation"), wrong_reference=0)
+    pairs = augmented_pairs(volumes, wrong_reference_prob=0)
     draws = [SliceDraw(i % 3, 0.5, i) for i in range(600)]
     empty = np.mean([bool((pairs[d]["image"][1] == 0).all()) for d in draws])
     assert empty == pytest.approx(0.05, abs=0.03)
@@ -308,7 +350,7 @@ def test_a_function_is_applied_as_often_as_said_and_to_the_named_images_alone():
 
 def test_workers_make_the_same_samples_though_they_do_without_meta(volumes):
     """All transforms of the overlay, each of them in some of the draws."""
-    slices = ContrastPairs(volumes, augmentation(crop_size=24))
+    slices = augmented_pairs(volumes)
     draws = [SliceDraw(i % 3, (i % 7) / 7, i) for i in range(120)]
     loader = DataLoader(slices, batch_size=8, sampler=draws, num_workers=2)
     assert get_track_meta()
@@ -323,7 +365,7 @@ def test_workers_make_the_same_samples_though_they_do_without_meta(volumes):
 def test_a_worker_prepares_volumes_that_are_not_cached(subjects):
     items, folder = subjects
     volumes = volume_dataset(contrast_items(items, folder, "t2", "t1"), ContrastVolume(), cache_rate=0.0)
-    slices = ContrastPairs(volumes, augmentation(crop_size=24))
+    slices = augmented_pairs(volumes)
     draws = [SliceDraw(i, 0.5, i) for i in range(3)]
     for draw, found in zip(draws, DataLoader(slices, batch_size=1, sampler=draws, num_workers=1)):
         assert torch.allclose(found["image"][0], slices[draw]["image"], rtol=0, atol=1e-6)
@@ -339,7 +381,7 @@ def test_meta_is_done_without_in_workers_alone_and_comes_back(monkeypatch, volum
         raise ValueError("no slice")
 
     with pytest.raises(RuntimeError, match="applying transform"):
-        ContrastPairs(volumes, transform)[SliceDraw(0, 0.5, 0)]
+        ContrastPairs(volumes, transform, first_pair=1, wrong_reference=0)[SliceDraw(0, 0.5, 0)]
     assert seen == [not worker] and get_track_meta()
 
 
@@ -388,16 +430,17 @@ def test_pairs_are_two_contrasts_of_one_slice():
 
 
 def test_a_wrong_reference_never_shows_the_target():
-    found = drawn(ContrastPairs(numbered(), Compose([]), wrong_reference=1))
+    found = drawn(ContrastPairs(numbered(), Compose([]), first_pair=0.6, wrong_reference=1))
     assert all((t[0], t[2]) != (r[0], r[2]) for t, r in found)
     assert {r[0] for _, r in found} == {0, 1, 2}
     assert all(r[2] == 4 for _, r in found if r[0] != 1)
-    few = drawn(ContrastPairs(numbered(), Compose([]), wrong_reference=0.1))
+    few = drawn(ContrastPairs(numbered(), Compose([]), first_pair=0.6, wrong_reference=0.1))
     assert np.mean([(t[0], t[2]) != (r[0], r[2]) for t, r in few]) == pytest.approx(0.1, abs=0.04)
 
 
 def test_the_only_subject_serves_as_its_own_wrong_reference():
-    found = drawn(ContrastPairs(numbered(subjects=1), Compose([]), wrong_reference=1), volume=0, draws=100)
+    pairs = ContrastPairs(numbered(subjects=1), Compose([]), first_pair=0.6, wrong_reference=1)
+    found = drawn(pairs, volume=0, draws=100)
     assert all(t[2] != r[2] for t, r in found)
 
 
@@ -405,14 +448,13 @@ def test_the_only_subject_serves_as_its_own_wrong_reference():
 
 
 def test_draws_are_reproducible_in_any_order(volumes):
-    parser = configured(crop_size=24)
-    pairs = ContrastPairs(volumes, parser.get_parsed_content("train#augmentation"))
+    pairs = augmented_pairs(volumes)
     before = [torch.as_tensor(v["images"]).clone() for v in volumes]
     sampler = SliceSampler(volumes, 40, seed=3)
     expected = {draw: pairs[draw] for draw in sampler}
     np.random.seed(1)
     torch.manual_seed(1)
-    fresh = ContrastPairs(volumes, configured(crop_size=24).get_parsed_content("train#augmentation"))
+    fresh = augmented_pairs(volumes)
     for draw in reversed(list(sampler)):
         found = fresh[draw]
         for key, value in expected[draw].items():

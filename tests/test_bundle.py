@@ -629,8 +629,8 @@ PROGRAM = "/somewhere/monai/bundle/__main__.py"
         (["--epoch", "3"], r"--epoch: there is no such option in .*train\.json; did you mean --epochs\?"),
         (["--epoch=3"], r"--epoch: .* did you mean --epochs\?"),
         (["--epochs", "3", "--val-slice", "2"], r"--val_slice: .* did you mean --val_slices\?"),
-        (["--trian#slices#first_pair", "0.7"], r"--trian#slices#first_pair: .* did you mean --train\?"),
-        (["--trian::slices::first_pair", "0.7"], r"--trian::slices::first_pair: .* did you mean --train\?"),
+        (["--trian#sampler#seed", "7"], r"--trian#sampler#seed: .* did you mean --train\?"),
+        (["--trian::sampler::seed", "7"], r"--trian::sampler::seed: .* did you mean --train\?"),
         (["--weights", "model.pt"], r"--weights: there is no such option in "),  # of evaluate.json
         (["--experiment_name", "one"], r"--experiment_name: there is no such option in "),
         (["--frequency", "3"], r"--frequency: there is no such option in [^;]*$"),  # nothing is like it
@@ -645,11 +645,11 @@ def test_a_misspelt_option_is_refused(arguments, message):
 @pytest.mark.parametrize(
     ("files", "arguments"),
     [
-        (TRAIN, ["--epochs", "3", "--train#slices#first_pair", "0.7", "--run_id=training"]),
+        (TRAIN, ["--epochs", "3", "--train#sampler#seed", "7", "--run_id=training"]),
         (TRAIN, ["--val-slices", "-3", "--optimizer", "@mine", "--mine", "{'_target_': 'torch.optim.SGD'}"]),
         (TRAIN, ["--tracking", "mlflow", "--experiment_name", "one"]),
         (f"['{TRAIN}','{EVALUATE}']", ["--weights", "model.pt"]),
-        (f"{TRAIN},{GENERAL}", ["--validation_scales", "[2]", "--train::augmentation", "None"]),
+        (f"{TRAIN},{GENERAL}", ["--validation_scales", "[2]", "--move_prob", "0.2", "--train::augmentation", "None"]),
         (INFERENCE, ["--image", "a.nii.gz"]),
     ],
     ids=str,
@@ -680,6 +680,21 @@ def test_whoever_asks_where_the_bundle_lies_does_not_load_torch():
 def test_every_config_looks_at_its_options_first(file):
     steps = json.loads(file.read_text()).get("initialize")
     assert steps is None or steps[0] == "$glmamba_monai.bundle.require_known_options()"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+def test_no_config_names_an_item_by_its_position(file):
+    """One more in a list would make it another item; what other configs change has a name."""
+
+    def texts_of(content):
+        if isinstance(content, str):
+            yield content
+        elif isinstance(content, (dict, list)):
+            for part in [*content, *content.values()] if isinstance(content, dict) else content:
+                yield from texts_of(part)
+
+    by_position = re.compile(r"(#|::)\d|@[\w#:]+\[\d")
+    assert [text for text in texts_of(json.loads(file.read_text())) if by_position.search(text)] == []
 
 
 @pytest.mark.slow

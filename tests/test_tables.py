@@ -260,23 +260,23 @@ def test_table_of_costs(tables, tmp_path, capsys, monkeypatch, device):
 
 @DEVICES
 def test_what_is_timed_beside_the_networks_is_what_the_configs_do(tables, make_brain, device):
-    def transforms(config, keys, kind):
+    def transforms(config, name, kind, **options):
         """The transforms of one class in a list of a config, built as the bundle builds them."""
-        found = json.loads((tables.CONFIGS / f"{config}.json").read_text())
-        for key in keys:
-            found = found[key]
-        found = [dict(entry, _disabled_=False) for entry in found if entry["_target_"].endswith(f".{kind}")]
-        return ConfigParser({"scale": 2, "transforms": found}).get_parsed_content("transforms")
+        parser = ConfigParser()
+        parser.read_config(str(tables.CONFIGS / f"{config}.json"))
+        parser.update(options)
+        return [made for made in parser.get_parsed_content(name) if type(made).__name__ == kind]
 
     target = torch.from_numpy(make_brain()["t2"][None]).to(device)
     steps = tables.steps_beside_networks(target)
     item = {"target": target, "reference": target}
     for transform in (
-        *transforms("train", ("train", "deterministic_transforms"), "KSpaceLowResolutiond"),
-        *transforms("train", ("validate", "baselines"), "KSpaceUpsampled"),
+        *transforms("train", "train#deterministic_transforms", "KSpaceLowResolutiond", scale=2),
+        *transforms("train", "validate#interpolations", "KSpaceUpsampled"),
     ):
         item = transform(item)
-    (make_consistent,) = transforms("inference", ("postprocessing", "transforms"), "KSpaceDataConsistencyd")
+    options = {"data_consistency": True, "output_dir": None}
+    (make_consistent,) = transforms("inference", "postprocessing#transforms", "KSpaceDataConsistencyd", **options)
     consistent = make_consistent({**item, "pred": item["bicubic"]})["pred"]
     assert not torch.allclose(consistent, item["bicubic"], rtol=0.01)  # there was something to do
     expected = {"zero_filling": item["zero_filling"], "bicubic": item["bicubic"], "+ data consistency": consistent}
@@ -449,7 +449,8 @@ def test_overlays_are_of_the_trainings_alone_and_part_of_the_protocol(tables, bu
 
 def test_an_option_of_an_overlay_alone_is_no_option_of_the_evaluation(tables, bundle, arguments):
     own = {
-        "train#augmentation#transforms#9#noisy": 0.5,
+        "kspace_noise_prob": 0.5,
+        "average#decay": 0.99,
         "train#slices#first_pair": 0.9,
         "validation_scales": [2, 3],
         "val_batch_size": 2,
@@ -459,7 +460,7 @@ def test_an_option_of_an_overlay_alone_is_no_option_of_the_evaluation(tables, bu
     )
     training, evaluation = (options for _, options in bundle.calls)
     assert own.items() <= training.items()
-    assert not {"train#augmentation#transforms#9#noisy", "validation_scales"} & evaluation.keys()
+    assert not {"kspace_noise_prob", "average#decay", "validation_scales"} & evaluation.keys()
     assert evaluation["val_batch_size"] == 2
     assert evaluation["train#augmentation#keys"] == "image"  # train.json has it, too
 

@@ -82,8 +82,8 @@ class ContrastPairs(SliceDataset):
         self,
         volumes: Dataset,
         transform: Callable[..., Any],
-        first_pair: float = 0.6,
-        wrong_reference: float = 0.05,
+        first_pair: float,
+        wrong_reference: float,
     ) -> None:
         super().__init__(volumes, transform)
         self.first_pair = first_pair

@@ -1,11 +1,14 @@
 """Random transforms of single slices for weights that serve every factor (docs/training.md): k-space and contrast.
 
-What MONAI has (gamma, histogram, noise, misalignment, intensity) is taken from there, in ``train_general.json``.
+What MONAI has (gamma, histogram, noise, misalignment, intensity) is taken from there, in ``train_general.json``, which
+alone says how often and how much: here nothing of that has a default.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ class RandPixelSized(RandomizableTransform, MapTransform):
         prob: how often the pixels are changed.
     """
 
-    def __init__(self, keys: KeysCollection, size_key: Hashable, largest: float = 1.25, prob: float = 0.9) -> None:
+    def __init__(self, keys: KeysCollection, size_key: Hashable, largest: float, prob: float) -> None:
         RandomizableTransform.__init__(self, prob)
         MapTransform.__init__(self, keys)
         self.size_key = size_key
@@ -62,7 +65,7 @@ class RandLowResolutiond(Randomizable, Transform):
         divisors_key: holds the divisor of the low-resolution volume at each of :data:`FACTORS`, in the units of the
             slice; between these factors it is interpolated.
         upsampling: mode of :class:`KSpaceUpsample`.
-        factors: smallest and largest factor; both axes have the same.
+        factors: smallest and largest factor, two numbers of at least 1; both axes have the same factor.
         whole: how often the factor is one of :data:`FACTORS` instead of any number between the limits.
         shares: how these draws are shared out among :data:`FACTORS`, such as (3, 1, 1) for three of five at the first;
             what lies outside the limits gets none.
@@ -72,7 +75,8 @@ class RandLowResolutiond(Randomizable, Transform):
         noise_std: largest standard deviation of that noise, in units of the divisor.
 
     Raises:
-        ValueError: the shares are not as many as the factors, negative, or leave no factor to draw.
+        ValueError: the factors are no such numbers; the shares are not as many as :data:`FACTORS`, negative, or leave
+            no factor to draw.
     """
 
     def __init__(
@@ -80,18 +84,24 @@ class RandLowResolutiond(Randomizable, Transform):
         target_key: Hashable,
         output_key: Hashable,
         divisors_key: Hashable,
-        upsampling: str = "zero_fill",
-        factors: Sequence[float] = (FACTORS[0], FACTORS[-1]),
-        whole: float = 0.7,
-        shares: Sequence[float] = (1,) * len(FACTORS),
-        zero_fill: float = 0.1,
-        noisy: float = 0.2,
-        noise_std: float = 0.03,
+        upsampling: str,
+        factors: Sequence[float],
+        whole: float,
+        shares: Sequence[float],
+        zero_fill: float,
+        noisy: float,
+        noise_std: float,
     ) -> None:
         self.target_key = target_key
         self.output_key = output_key
         self.divisors_key = divisors_key
         self.upsample = KSpaceUpsample(upsampling)
+        two = isinstance(factors, Sequence) and len(factors) == 2 and all(isinstance(f, Real) for f in factors)
+        if not two or not 1 <= factors[0] <= factors[1] < math.inf:
+            raise ValueError(
+                f"factors={factors!r}: expected two numbers from 1 on, the smallest and the largest factor; both axes "
+                "have the same, so a factor is not one number per axis"
+            )
         self.factors = factors
         self.whole = whole
         if len(shares) != len(FACTORS) or min(shares) < 0:
