@@ -130,7 +130,9 @@ def require_writable(folder: str | os.PathLike[str]) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise OSError(f"output folder {folder}: cannot be written ({error.strerror}); choose another one") from error
+        raise OSError(
+            f"output folder {folder}: cannot be written ({error.strerror}); choose another output or output_dir"
+        ) from error
     return folder
 
 

@@ -404,4 +404,4 @@ def test_a_disk_that_fills_while_an_evaluation_writes(tmp_path, data, results, m
 
     monkeypatch.setattr(Path, "write_text", fill)
     message = refused("evaluate", tmp_path, dataset_dir=tmp_path / "data", output_dir=results)
-    assert message.startswith(f"{results / 'metrics.csv'}: cannot be written") and "No space left" in message
+    assert message.startswith(f"{results / 'unfinished-metrics.csv'}: cannot be written") and "No space left" in message

@@ -197,7 +197,7 @@ def test_an_output_folder_without_space_or_permission_is_refused(tmp_path, monke
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", refuse)  # by hand: root may write anywhere
-    with pytest.raises(OSError, match=r"output folder .*\(Permission denied\); choose another one"):
+    with pytest.raises(OSError, match=r"output folder .*\(Permission denied\); choose another output or output_dir"):
         require_writable(tmp_path)
 
 

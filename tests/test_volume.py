@@ -134,7 +134,7 @@ def test_a_header_that_does_not_say_where_the_volume_lies(tmp_path, make_brain, 
     content[280:328] = np.full(12, value, "<f4").tobytes()  # srow_x, srow_y, srow_z
     path.write_bytes(content)
     for load in (LoadVolume(), lambda file: simulate(file, tmp_path / "low.nii.gz")):
-        with pytest.raises(ValueError, match="the affine in its header is .* repair the header") as error:
+        with pytest.raises(ValueError, match=r"the affine in its header is .* repair the header") as error:
             load(path)
         assert str(error.value).startswith(f"{path}: ")
 

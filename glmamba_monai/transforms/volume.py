@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -126,6 +127,7 @@ class LoadVolume(Transform):
         else:
             try:
                 path = Path(source).expanduser()
+                affine = nib.load(path).affine  # MONAI's reader puts the identity in the place of one with NaN
                 array, meta = self.reader.get_data(self.reader.read(path))
             except Exception as error:  # whatever nibabel, gzip or zlib happen to raise on a damaged file
                 reason = " ".join(str(error).split())
@@ -135,7 +137,7 @@ class LoadVolume(Transform):
             if array.dtype.kind not in "fiub":
                 found = "complex numbers" if array.dtype.kind == "c" else f"{array.dtype}, such as colours"
                 raise ValueError(f"{source}: holds {found}, expected one real number a voxel, the magnitude")
-            require_affine(np.asarray(meta["affine"]), str(source))
+            require_affine(affine, str(source))
             meta = {**switch_endianness(meta, "<"), "filename_or_obj": str(path)}
             with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, which is refused below
                 image = MetaTensor.ensure_torch_and_prune_meta(array.astype(np.float32), meta)
