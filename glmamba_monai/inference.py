@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,7 @@ def super_resolve(
 
     Raises:
         FileNotFoundError, ValueError, OSError: a file is missing, does not fit, cannot be written or would be written
-            over what it is made from. Those that MONAI meets are the
-            causes behind the ``RuntimeError`` that MONAI raises; see :func:`root_cause`.
+            over what it is made from.
     """
     root = Path(bundle_root) if bundle_root is not None else Path(locate_bundle(look_at_command_line=False))
     config = str(root / "configs" / "inference.json")
@@ -88,10 +87,8 @@ def super_resolve(
         for written in (output, *([sd_path(output)] if self_ensemble else [])):
             require_another(written, image=image, reference=reference)
         require_writable(Path(output).absolute().parent)
-    workflow = ConfigWorkflow(
-        config_file=config,
-        workflow_type="infer",
-        logging_file=False,
+    found = _run(
+        config,
         bundle_root=str(root),
         image=str(image),
         reference=str(reference),
@@ -106,10 +103,6 @@ def super_resolve(
         self_ensemble=self_ensemble,
         **overrides,
     )
-    workflow.initialize()
-    workflow.run()
-    (found,) = workflow.evaluator.state.output
-    workflow.finalize()
     result = found["pred"].cpu()
     if output is not None:
         save_result(result, output, image)
@@ -119,6 +112,20 @@ def super_resolve(
     if output is not None:
         save_result(sd, sd_path(output), image)
     return result, sd
+
+
+def _run(config: str, **options: Any) -> Mapping[str, MetaTensor]:
+    """What ``inference.json`` makes of one pair; where it fails, the error itself, not what MONAI wraps around it."""
+    try:
+        workflow = ConfigWorkflow(config, workflow_type="infer", logging_file=False, **options)
+        workflow.initialize()
+        workflow.run()
+        (found,) = workflow.evaluator.state.output
+        workflow.finalize()
+        return found
+    except RuntimeError as error:
+        cause = root_cause(error)
+    raise cause
 
 
 def simulate(

@@ -188,8 +188,8 @@ def training_overrides(
 def use_trained_weights(bundle_root: PathLike, overrides: Mapping[str, Any]) -> str:
     """Put the weights of a training in the place of those that the server uses, if they are better.
 
-    What counts is the PSNR of both on the patients that this training has held out. The weights that were used are kept
-    in ``models/previous-model.pt``.
+    What counts is the PSNR of both on the patients that this training has held out, at its factor. The weights that
+    were used are kept in ``models/previous-model.pt``.
 
     Args:
         bundle_root: the bundle in the app.
@@ -207,7 +207,10 @@ def use_trained_weights(bundle_root: PathLike, overrides: Mapping[str, Any]) -> 
     previous = current.with_name(f"previous-{WEIGHTS_FILE}")
     for source, to in ((current, previous), (trained, current)):
         write_atomically(to, lambda partial, source=source: shutil.copyfile(source, partial))
-    return f"the server uses the trained weights from now on ({figures}); the former are kept in {previous}"
+    return (
+        f"the server uses the trained weights from now on, for volumes of every factor ({figures}, at that of this "
+        f"training alone); the former are kept in {previous}"
+    )
 
 
 def _held_out_psnr(root: Path, weights: Path, overrides: Mapping[str, Any]) -> float:

@@ -157,9 +157,9 @@ def test_a_broken_volume_is_not_super_resolved(tmp_path, pair, results, role, ho
     for words in BROKEN[how]:
         assert words in message
     before = state_of(tmp_path)
-    with pytest.raises((RuntimeError, ValueError)) as error:
+    with pytest.raises(ValueError) as error:
         super_resolve(pair["image"], pair["reference"], results / "lr_sr.nii.gz", network="zero_filling")
-    assert str(root_cause(error.value)) == message
+    assert str(error.value) == message
     assert state_of(tmp_path) == before
 
 

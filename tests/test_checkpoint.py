@@ -745,6 +745,18 @@ def test_resume_from_a_checkpoint_that_does_not_say_what_it_is_of(tmp_path):
     assert Training(tmp_path, epochs=2, resume=True, settings={"scale": 2}).run().validated == [2]
 
 
+@pytest.mark.parametrize("scale", [4, [2, 2], 2.0])
+def test_weights_of_a_training_at_another_factor(tmp_path, caplog, scale):
+    Training(tmp_path, epochs=1, settings={"target": "t2", "scale": 2}).run()
+    loader = WeightsLoader(build_network("srcnn"), "srcnn", [str(tmp_path)], scale=scale)
+    with caplog.at_level(logging.WARNING):
+        loader()
+    said = f"{tmp_path / 'model.pt'}: is of a training with --scale 2, used with --scale {scale}" in caplog.text
+    assert said == (scale == 4)
+    (tmp_path / "checkpoint.pt").write_text("damaged")
+    loader()
+
+
 def test_resume_from_weights_alone(tmp_path):
     torch.save(build_network("srcnn").state_dict(), tmp_path / "checkpoint.pt")
     before = files_in(tmp_path)

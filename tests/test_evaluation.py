@@ -388,6 +388,7 @@ def test_an_evaluation_writes_and_shows_its_results(tmp_path, make_brain, capsys
     assert summary["methods"]["net"]["psnr"]["sd"] == pytest.approx(np.std(expected["net"], ddof=1), abs=1e-5)
     printed = capsys.readouterr().out
     assert "Evaluation of 3 subjects, mean" in printed and str(tmp_path / "metrics.csv") in printed
+    assert f"scale {DESCRIPTION['scale']}" in printed
     assert not (tmp_path / "unfinished-metrics.csv").exists()
 
 

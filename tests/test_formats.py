@@ -18,7 +18,6 @@ from monai.data import MetaTensor
 from glmamba_monai import simulate, super_resolve
 from glmamba_monai.__main__ import main
 from glmamba_monai.formats import save_result, write_derived_series
-from glmamba_monai.inference import root_cause
 from glmamba_monai.networks import build_network
 from glmamba_monai.transforms import LoadVolume
 
@@ -498,11 +497,10 @@ BAD_FOLDERS = {
 def refused(tmp_path, image, reference):
     """What is said of an image; nothing is written, and SimpleITK's own warnings are on again."""
     before = everything_in(tmp_path)
-    with pytest.raises((ValueError, RuntimeError)) as error:
+    with pytest.raises(ValueError) as error:
         super_resolve(image, reference, tmp_path / "sr.nii.gz", network="zero_filling")
     assert everything_in(tmp_path) == before and sitk.ProcessObject.GetGlobalWarningDisplay()
-    cause = root_cause(error.value)
-    assert isinstance(cause, ValueError)
+    cause = error.value
     with pytest.raises(ValueError, match=r"\w") as error:
         LoadVolume()(image)
     assert str(error.value) == str(cause) and "\n" not in str(cause)

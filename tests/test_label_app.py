@@ -309,7 +309,7 @@ def test_training_in_the_app(tmp_path, make_subject_folder, app_bundle):
     former = (app_bundle / "models" / "model.pt").read_bytes()
     trained = (app_bundle / "results" / "model.pt").read_bytes()
     said = label_app.use_trained_weights(app_bundle, overrides)
-    assert said.startswith("the server uses the trained weights from now on (PSNR ")
+    assert said.startswith("the server uses the trained weights from now on, for volumes of every factor (PSNR ")
     best = made.parser.get_parsed_content("validate#evaluator").state.best_metric
     assert f"PSNR {best:.2f} dB" in said
     assert (app_bundle / "models" / "model.pt").read_bytes() == trained != former

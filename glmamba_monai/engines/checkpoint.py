@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -140,7 +141,12 @@ def other_settings(content: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: see :class:`TrainingState`.
     """
     recorded = content.get("settings", {}) if isinstance(content, dict) else {}
-    return {k: recorded[k] for k, v in settings.items() if k in recorded and not np.array_equal(recorded[k], v)}
+    return {k: recorded[k] for k, v in settings.items() if k in recorded and _pair(recorded[k]) != _pair(v)}
+
+
+def _pair(setting: Any) -> list[Any]:
+    """One value for both axes is two that are the same."""
+    return np.broadcast_to(setting, 2).tolist()
 
 
 def _same_layout(one: str, other: str) -> bool:
@@ -275,6 +281,7 @@ class WeightsLoader:
         self.network = network
         self.name = name
         self.folders = folders
+        self.scale = scale
         self.by_volume = weights is None and isinstance(scale, str) and _has_parameters(network)
         self.path: str | None = None
         if self.by_volume:
@@ -295,6 +302,17 @@ class WeightsLoader:
         elif self.path is not None:
             load_weights(self.network, self.path, self.name)
             logger.info("weights of %s loaded from %s", self.name, self.path)
+            self._warn_of_another_factor(Path(self.path))
+
+    def _warn_of_another_factor(self, path: Path) -> None:
+        """Say where the checkpoint beside the weights, if there is a good one, is of another factor than is wanted."""
+        if isinstance(self.scale, str):
+            return
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            for scale in other_settings(
+                read_checkpoint(path.with_name(CHECKPOINT_FILE)), {"scale": self.scale}
+            ).values():
+                logger.warning("%s: is of a training with --scale %s, used with --scale %s", path, scale, self.scale)
 
     def volume_started(self, engine: Engine) -> None:
         batch = engine.state.batch

@@ -256,5 +256,6 @@ class ResultsWriter:
         subjects = len({row["subject"] for row in rows})
         title = f"Evaluation of {subjects} subject{'s' * (subjects > 1)}{over_subjects(rows)}"
         tables = [format_table(rows, title), *([format_sd_table(rows)] if with_sd(rows) else [])]
-        written = f"written to {Path(self.output_dir) / METRICS_FILE}"
+        described = ", ".join(f"{name} {value}" for name, value in self.description.items())
+        written = f"({described})\n\nwritten to {Path(self.output_dir) / METRICS_FILE}"
         print("\n" + "\n\n".join([*tables, written]), flush=True)

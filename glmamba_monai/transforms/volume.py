@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 FOREGROUND_LEVEL = 0.05  # of the volume's 99.9th percentile: above the noise of a head scan, below its tissue
 MIN_FOREGROUND = 0.05  # of a slice (docs/data.md, metrics)
-CLEARLY_NEGATIVE, MANY = 0.05, 0.01  # of the volume's maximum; share of its voxels
+CLEARLY_NEGATIVE, MANY = 0.05, 0.05  # of the volume's maximum; share of its voxels
 SLICE_AXIS_KEY = "slice_axis"
 KEPT_SLICES_KEY = "kept_slices"  # of the whole volume: which of its slices were selected
 COMMON_KEY = "common_rows"  # what a reference on another grid covers in plane: where the result is cut
@@ -79,7 +79,7 @@ def require_volume(image: torch.Tensor, name: str) -> None:
         )
     if not bool((image != 0).any()):
         raise ValueError(f"{name}: every voxel is zero; the file was exported or masked wrongly")
-    # Resampling undershoots a little at edges. What has been shifted to a mean of 0 is folded at 0 in a simulation.
+    # Resampling and data consistency undershoot at edges; a simulation would fold what was shifted to a mean of 0.
     below = (image < -CLEARLY_NEGATIVE * image.max()).float().mean().item()
     if below > MANY:
         raise ValueError(
