@@ -745,6 +745,11 @@ def test_resume_from_a_checkpoint_that_does_not_say_what_it_is_of(tmp_path):
     assert Training(tmp_path, epochs=2, resume=True, settings={"scale": 2}).run().validated == [2]
 
 
+def test_a_folder_in_the_place_of_a_file_of_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is a folder, expected a file such as .*model\.pt"):
+        find_weights(str(tmp_path), [], build_network("srcnn"), 2)
+
+
 @pytest.mark.parametrize("scale", [4, [2, 2], 2.0])
 def test_weights_of_a_training_at_another_factor(tmp_path, caplog, scale):
     Training(tmp_path, epochs=1, settings={"target": "t2", "scale": 2}).run()

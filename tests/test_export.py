@@ -135,6 +135,17 @@ def test_monai_bundle_onnx_export_refuses_and_names_the_command(onnxruntime, tmp
     assert not (tmp_path / "model.onnx").exists()
 
 
+def test_the_export_overwrites_no_weights(tmp_path, monkeypatch, capsys):
+    """Who names the weights alone means to export them."""
+    weights = tmp_path / "model.pt"
+    torch.save(trained_like("srcnn").state_dict(), weights)
+    before = weights.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["glmamba_monai", "export-onnx", str(weights), "--network", "srcnn"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"output {weights}: the name must end in .onnx" in capsys.readouterr().err and weights.read_bytes() == before
+
+
 def test_without_onnxscript_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
     torch.save(trained_like("srcnn").state_dict(), tmp_path / "model.pt")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -8,13 +8,31 @@ import torch.nn.functional as F
 from test_deform_conv import make_inputs as deform_inputs
 from test_deform_conv import sampling_loop
 
-from glmamba_monai.ops import native
+from glmamba_monai.ops import backends, native
 
 try:
     TABLES, REASON = native._tables(), ""
 except ImportError as error:
     TABLES, REASON = [], str(error)
 pytestmark = pytest.mark.skipif(not TABLES, reason=f"the native kernels are not there: {REASON}")
+
+
+def test_a_cpu_without_the_kernels_is_told_how_to_get_them(monkeypatch, caplog):
+    real = backends._try_load
+    backends.require_backends("cpu")
+    assert not caplog.text
+    absent = (None, "ImportError: no compiler")
+    monkeypatch.setattr(backends, "_try_load", lambda op, name: absent if name == "native" else real(op, name))
+    backends.require_backends("cpu")
+    for op in ("ss2d_scan", "deform_conv2d"):
+        assert f"{op}: runs on PyTorch's own operations here, several times slower" in caplog.text
+    assert "no compiler" in caplog.text and "install a C compiler" in caplog.text and "pointwise" not in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("GLMAMBA_SCAN_BACKEND", "torch")  # wanted so
+    monkeypatch.setenv("GLMAMBA_DEFORM_BACKEND", "torch")
+    backends.require_backends("cpu")
+    assert not caplog.text
+
 
 SCAN_NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 GUARD = 64

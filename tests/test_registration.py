@@ -126,6 +126,18 @@ def test_a_low_resolution_target_is_enough():
     assert found.used and np.median(errors(found.matrix @ truth, np.eye(4), points)) <= 0.5
 
 
+def test_a_slab_thinner_than_the_moves_that_are_compared():
+    """4 mm further on no point of it lies in the other volume, which SimpleITK takes for an error."""
+    t1, t2 = (
+        MetaTensor(volume[..., 20:24].as_tensor(), affine=volume.affine)
+        for volume in (phantom()["t1"], phantom()["t2"])
+    )
+    for volume in (t1, t2):
+        volume.affine = torch.from_numpy(volume.affine.numpy() @ np.diag([1, 1, 0.4, 1]))  # four slices of 1 mm
+    found = register(t1, t2)
+    assert isinstance(found, Registration) and np.isfinite([found.before, found.after]).all()
+
+
 def test_the_centres_of_mass_are_a_start_where_the_headers_are_wrong():
     t1, t2 = phantom()["t1"], phantom()["t2"]
     truth = np.eye(4)

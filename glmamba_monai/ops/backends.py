@@ -6,6 +6,7 @@ operation's own file. Optional modules are imported when first asked for, and th
 
 import contextlib
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ __all__ = [
     "require_backends",
     "select_backend",
 ]
+
+logger = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cuda")
 # The kernels are written for the memory and matrix instructions of this generation (A100, RTX 30) and later.
@@ -266,11 +269,20 @@ def backend_for(op: str, tensor: Tensor, requested: str | None = None) -> str:
 def require_backends(device: torch.device | str) -> None:
     """Make sure, before any work is done, that what the environment variables ask for can run on a device.
 
+    Where PyTorch's own operations run, for want of a kernel that would be chosen, it says how to get that.
+
     Raises:
         ValueError, RuntimeError: see :func:`select_backend`.
     """
-    for op in OPERATIONS:
-        select_backend(op, torch.device(device).type == "cuda")
+    kind = torch.device(device).type
+    for op, operation in OPERATIONS.items():
+        chosen = select_backend(op, kind == "cuda")
+        wanted = next((backend for backend in operation.backends if kind in backend.automatic_on), _TORCH)
+        if chosen == _TORCH.name != wanted.name and not os.environ.get(operation.variable):
+            logger.warning(
+                f"{op}: runs on PyTorch's own operations here, several times slower than by the kernel "
+                f"{wanted.name!r} ({_try_load(op, wanted.name)[1]}). To get it: {wanted.how_to_get}"
+            )
 
 
 def backend_report() -> dict[str, dict[str, Any]]:
