@@ -78,7 +78,10 @@ def set_up_app(folder: PathLike, weights: PathLike | None = None, bundle_root: P
     root = Path(bundle_root) if bundle_root is not None else Path(locate_bundle(look_at_command_line=False))
     network = build_network(NETWORK)
     found = find_weights(None if weights is None else str(weights), [str(root / "models")], network)
-    load_weights(network, found, NETWORK)  # refused now, not at the first request
+    try:
+        load_weights(network, found, NETWORK)  # refused now, not at the first request
+    except ValueError as error:
+        raise ValueError(f"{error}. The app serves {NETWORK!r} alone") from error
     stub = not _torchvision_imports()
 
     def write(partial: Path) -> None:
