@@ -373,7 +373,7 @@ def test_a_resumed_training_ends_with_the_same_bits(dataset_dir, tmp_path, netwo
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("seen", ["epoch 1/", "epoch 2/"])
+@pytest.mark.parametrize("seen", [pytest.param("epoch 1/", marks=pytest.mark.slow), "epoch 2/"])
 def test_kill_9_and_resume_equals_an_uninterrupted_training(dataset_dir, tmp_path, seen):
     """SIGKILL as soon as a line of progress appears: while the checkpoint is written, or in the next epoch."""
     setup = {"epochs": 4, "val_interval": 2}

@@ -306,6 +306,7 @@ def test_a_command_that_cannot_be_understood_is_not_half_done(tmp_path, files, c
 # --- a process of its own
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path, files):
     """From an unrelated folder: the result, an error without a traceback, and nothing left behind."""
     folder = tmp_path / "elsewhere"
