@@ -44,7 +44,8 @@ def trained_segmenter(weights: str | None, output_dir: str, bundle_root: str, ar
     if weights is not None:
         return weights
     folder = Path(output_dir) / "segmentation"
-    if not _is_finished(folder):
+    settings = {name: arguments[name] for name in ("target",) if name in arguments}
+    if not _is_finished(folder, settings):
         _train(bundle_root, ["train", "segmentation_train"], {**arguments, "output_dir": output_dir})
     return str(folder / WEIGHTS_FILE)
 
@@ -93,9 +94,9 @@ def trained_network(
     if weights is not None or not any(True for _ in build_network(network).parameters()):
         return weights
     own = Path(output_dir) / f"{network}_{scale_name(scale)}"
-    if not _is_finished(own):
-        settings = {name: arguments[name] for name in ("target", "reference") if name in arguments}
-        if _holds(Path(output_dir), network, {**settings, "scale": scale}):
+    settings = {"scale": scale, **{name: arguments[name] for name in ("target", "reference") if name in arguments}}
+    if not _is_finished(own, settings):
+        if _holds(Path(output_dir), network, settings):
             return str(Path(output_dir) / WEIGHTS_FILE)
         held_out = [item["subject"] for item in items]
         options = {"network": network, "scale": scale, "validation": held_out, "output_dir": str(own)}
@@ -104,14 +105,17 @@ def trained_network(
     return str(last if last.is_file() else own / WEIGHTS_FILE)
 
 
-def _is_finished(folder: Path) -> bool:
-    """Whether weights lie there, and no training that was stopped before its last epoch."""
+def _is_finished(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether weights lie there, and no training that was stopped before its last epoch or is of something else.
+
+    What is not finished is resumed, which refuses a training of something else and says of what it is.
+    """
     if not (folder / WEIGHTS_FILE).is_file():
         return False
     if not (folder / CHECKPOINT_FILE).is_file():
         return True
     checkpoint = read_checkpoint(folder / CHECKPOINT_FILE)
-    return checkpoint["epoch"] >= checkpoint.get("max_epochs", 0)
+    return checkpoint["epoch"] >= checkpoint.get("max_epochs", 0) and not other_settings(checkpoint, settings)
 
 
 def _holds(folder: Path, network: str, settings: Mapping[str, Any]) -> bool:

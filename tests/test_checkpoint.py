@@ -758,6 +758,11 @@ def test_weights_of_a_training_at_another_factor(tmp_path, caplog, scale):
         loader()
     said = f"{tmp_path / 'model.pt'}: is of a training with --scale 2, used with --scale {scale}" in caplog.text
     assert said == (scale == 4)
+    caplog.clear()
+    (tmp_path / "model.pt").rename(tmp_path / "previous-model.pt")  # of another training than the checkpoint
+    WeightsLoader(build_network("srcnn"), "srcnn", [], str(tmp_path / "previous-model.pt"), scale=scale)()
+    assert "is of a training" not in caplog.text
+    (tmp_path / "previous-model.pt").rename(tmp_path / "model.pt")
     (tmp_path / "checkpoint.pt").write_text("damaged")
     loader()
 

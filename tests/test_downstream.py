@@ -465,6 +465,21 @@ def test_weights_of_a_training_of_something_else_are_not_used(tmp_path, monkeypa
     assert (found == str(tmp_path / "model.pt")) == (name is None)
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_finished_training_of_something_else_is_not_taken_for_the_wanted_one(tmp_path, monkeypatch, other):
+    trained = []
+    monkeypatch.setattr("glmamba_monai.experiments._train", lambda *arguments: trained.append(arguments[-1]))
+    settings = {"target": "t2", "reference": "t1", "scale": 4}
+    finished = {"name": "srcnn", "epoch": 3, "max_epochs": 3, "settings": settings}
+    for folder in (tmp_path / "srcnn_4x", tmp_path / "segmentation"):
+        write_checkpoint(folder / "model.pt", {})
+        write_checkpoint(folder / "checkpoint.pt", finished)
+    wanted = {"target": "flair" if other else "t2", "reference": "t1"}
+    trained_network(None, "srcnn", 4, str(tmp_path), str(BUNDLE), [], wanted)
+    trained_segmenter(None, str(tmp_path), str(BUNDLE), wanted)
+    assert len(trained) == (2 if other else 0)
+
+
 def test_an_option_that_the_segmenter_does_not_have_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"featuresize: there is no such option in .*did you mean feature_size\?"):
         trained_segmenter(None, str(tmp_path), str(BUNDLE), {"featuresize": 24})

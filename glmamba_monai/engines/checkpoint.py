@@ -306,8 +306,8 @@ class WeightsLoader:
 
     def _warn_of_another_factor(self, path: Path) -> None:
         """Say where the checkpoint beside the weights, if there is a good one, is of another factor than is wanted."""
-        if isinstance(self.scale, str):
-            return
+        if isinstance(self.scale, str) or path.name not in (CHECKPOINT_FILE, WEIGHTS_FILE):
+            return  # previous-model.pt, say, is not of the training beside it
         with contextlib.suppress(FileNotFoundError, ValueError):
             for scale in other_settings(
                 read_checkpoint(path.with_name(CHECKPOINT_FILE)), {"scale": self.scale}

@@ -16,7 +16,6 @@ from monai.data import MetaTensor, NibabelReader
 from monai.transforms import EnsureChannelFirst, MapTransform, Orientation, Transform
 from monai.transforms.io.array import switch_endianness
 from monai.utils import ensure_tuple
-from nibabel import aff2axcodes
 
 from glmamba_monai.files import file_stem
 from glmamba_monai.formats import file_format, read_volume
@@ -326,7 +325,7 @@ class MatchReferenced(MapTransform):
         image_key, reference_key = self.keys
         image, reference = d[image_key], d[reference_key]
         name, reference_name = _name(image, str(image_key)), _name(reference, str(reference_key))
-        axis_codes = "".join(aff2axcodes(reference.affine.cpu().numpy()))
+        axis_codes = "".join(nib.aff2axcodes(reference.affine.cpu().numpy()))
         turned = Orientation(axcodes=axis_codes, labels=None)(image)
         grid = turned.shape[1:], turned.affine.cpu().numpy(), name
         scale = 1 if self.scale == "auto" and d.get(INTERPOLATED_KEY) else self.scale
