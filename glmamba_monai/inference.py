@@ -12,6 +12,7 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from glmamba_monai.bundle import locate_bundle, require_options
+from glmamba_monai.errors import root_cause
 from glmamba_monai.files import require_another, require_writable, save_volume
 from glmamba_monai.formats import require_output, save_result, sd_path, without_ending
 from glmamba_monai.transforms import (
@@ -196,13 +197,3 @@ def pair(target: PathLike, reference: PathLike, output: PathLike) -> MetaTensor:
 def _require_nifti_name(path: PathLike) -> None:
     if not str(path).endswith((".nii", ".nii.gz")):
         raise ValueError(f"output {path}: the name must end in .nii or .nii.gz")
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """What went wrong behind the ``RuntimeError`` that MONAI wraps, often several times, around an error of a config.
-
-    It is not the last cause: that is what the reader of a damaged file said, say, and does not name the file.
-    """
-    while type(error) is RuntimeError and error.__cause__ is not None:
-        error = error.__cause__
-    return error

@@ -15,7 +15,7 @@ from monai.transforms import Compose
 from scipy.ndimage import center_of_mass
 
 from glmamba_monai.data import ContrastPairs, ContrastVolume, SliceDraw, SliceSampler, contrast_items, volume_dataset
-from glmamba_monai.inference import root_cause
+from glmamba_monai.errors import root_cause
 from glmamba_monai.transforms import FACTORS, RandFunctiond, RandLowResolutiond, RandPixelSized, inverted_contrast
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"

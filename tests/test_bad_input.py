@@ -16,7 +16,7 @@ from monai.bundle import ConfigWorkflow
 
 from glmamba_monai import simulate, super_resolve
 from glmamba_monai.data import prepare_datalist, write_datalist
-from glmamba_monai.inference import root_cause
+from glmamba_monai.errors import root_cause
 from glmamba_monai.networks import build_network
 
 CONFIGS = Path(__file__).resolve().parent.parent / "bundle" / "configs"

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import glmamba_monai
 from glmamba_monai.bundle import locate_bundle, require_known_options, weights_folders
 from glmamba_monai.engines import Muon, SliceTrainer, load_weights, stacked_items, super_resolved_items
-from glmamba_monai.inference import root_cause
+from glmamba_monai.errors import root_cause
 from glmamba_monai.networks import build_network
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundle"

@@ -21,9 +21,9 @@ from glmamba_monai.data import LabelledSlices, SliceDraw, labelled_items, split_
 from glmamba_monai.dice import format_dice, interval, merged_rows, read_rows, summarise_dice
 from glmamba_monai.engines import MethodVolumes, SelfEnsembleInferer, SliceDice, mask_of, prepare_mask_batch
 from glmamba_monai.engines.downstream import mask_metrics
+from glmamba_monai.errors import root_cause
 from glmamba_monai.experiments import require_held_out, segmentation_evaluator, trained_network, trained_segmenter
 from glmamba_monai.files import write_checkpoint, write_json
-from glmamba_monai.inference import root_cause
 from glmamba_monai.networks import build_network
 from glmamba_monai.networks.segmentation import SliceSwinUNETR
 from glmamba_monai.pictures import PREDICTION_COLOUR, TRUTH_COLOUR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from itertools import combinations
 from pathlib import Path
@@ -17,8 +18,9 @@ from monai.data import MetaTensor
 import glmamba_monai
 from glmamba_monai import simulate, super_resolve
 from glmamba_monai.engines import checkpoint
+from glmamba_monai.errors import root_cause
 from glmamba_monai.files import save_volume
-from glmamba_monai.inference import pair, root_cause
+from glmamba_monai.inference import pair
 from glmamba_monai.networks import build_network
 
 BUNDLE = Path(__file__).parent.parent / "bundle"
@@ -454,6 +456,55 @@ def test_a_data_set_gives_a_file_a_subject(tmp_path, make_subject_folder):
     assert {name: after[name] for name in before} == before
     for name in names:
         check_output(tmp_path / "out" / f"{name}_sr.nii.gz", written[name]["t1"], written[name]["t2"], least=0.95)
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # the header is whole
+
+
+def not_finite(path):
+    volume = nib.load(path)
+    nib.save(nib.Nifti1Image(np.full(volume.shape, np.nan, np.float32), volume.affine), path)
+
+
+def elsewhere(path):
+    volume = nib.load(path)
+    affine = volume.affine.copy()
+    affine[:3, 3] += 1000
+    nib.save(nib.Nifti1Image(volume.get_fdata(dtype=np.float32), affine), path)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("spoil", [cut_off, not_finite, elsewhere])
+@pytest.mark.parametrize("weights", ["by factor", "named"])
+def test_a_bad_volume_does_not_cost_the_others(tmp_path, make_subject_folder, bundle, caplog, spoil, position, weights):
+    names = ["sub00", "sub01", "sub02"]
+    files = {name: low_resolution(tmp_path, make_subject_folder, 2, name) for name in names}
+    bad = names.pop(position)
+    spoil(Path(files[bad]["t1"]))
+    options = {"weights": str(bundle / "models" / "model_2x.pt")} if weights == "named" else {}
+    with pytest.raises(RuntimeError) as error:
+        run_on_folder(tmp_path, bundle, **options)
+    message = str(root_cause(error.value))
+    assert message.startswith(f"1 of 3 volumes left out:\n  {bad}: ") and str(files[bad]["t1"]) in message
+    assert next(r.getMessage() for r in caplog.records if "left out" in r.getMessage()).startswith(f"{bad}: left out: ")
+    written = {f.name.removesuffix("_sr.nii.gz") for f in (tmp_path / "out").glob("*_sr.nii.gz")}
+    assert written == set(names)
+    for name in names:
+        options = {"network": "srcnn_ref", "weights": bundle / "models" / "model_2x.pt", "device": "cpu"}
+        expected = super_resolve(files[name]["lr"], files[name]["t1"], **options)
+        found = nib.load(tmp_path / "out" / f"{name}_sr.nii.gz").get_fdata(dtype=np.float32)
+        np.testing.assert_array_equal(found, expected[0].numpy())
+
+
+def test_where_all_volumes_are_bad_each_is_named(tmp_path, make_subject_folder, bundle):
+    for name in ("sub00", "sub01"):
+        cut_off(Path(low_resolution(tmp_path, make_subject_folder, 2, name)["t1"]))
+    with pytest.raises(RuntimeError) as error:
+        run_on_folder(tmp_path, bundle, **{"dataloader#num_workers": 1})
+    message = str(root_cause(error.value))
+    assert re.match(r"2 of 2 volumes left out:\n  sub00: .+\n  sub01: ", message)
+    assert not list((tmp_path / "out").glob("*"))
 
 
 # --- simulation

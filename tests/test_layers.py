@@ -55,7 +55,7 @@ def test_a_layer_needs_none_above_it(part, above):
     assert not reached(part) & (above | programs)
 
 
-@pytest.mark.parametrize("part", ["files", "losses", "metrics", "dice"])
+@pytest.mark.parametrize("part", ["files", "losses", "metrics", "dice", "errors"])
 def test_a_part_that_stands_alone(part):
     assert reached(part) == {part}
 

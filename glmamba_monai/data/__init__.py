@@ -12,7 +12,9 @@ from glmamba_monai.data.datalist import (
     write_datalist,
 )
 from glmamba_monai.data.dataset import (
+    LEFT_OUT_KEY,
     BackgroundDataLoader,
+    LenientDataset,
     RandOrientedCropd,
     SliceDataset,
     SliceDraw,
@@ -28,10 +30,12 @@ from glmamba_monai.data.segmentation import LabelledSlices, labelled_datalist, l
 
 __all__ = [
     "LAYOUTS",
+    "LEFT_OUT_KEY",
     "BackgroundDataLoader",
     "ContrastPairs",
     "ContrastVolume",
     "LabelledSlices",
+    "LenientDataset",
     "RandOrientedCropd",
     "SliceDataset",
     "SliceDraw",

@@ -1,8 +1,9 @@
-"""Volumes, cached once prepared, and the random slices that training draws from them."""
+"""Volumes, cached once prepared, and the random slices that training draws from them; and those of inference."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pickle
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -23,8 +24,30 @@ from monai.utils import convert_to_tensor
 from torch.utils.data import DistributedSampler, get_worker_info
 
 from glmamba_monai import __version__
+from glmamba_monai.errors import root_cause
+
+logger = logging.getLogger(__name__)
 
 SLICE_KEYS = ("image", "target")  # what a training slice consists of
+LEFT_OUT_KEY = "left_out"  # why a volume could not be prepared, in the item that stands for it
+
+
+class LenientDataset(Dataset):
+    """MONAI's ``Dataset``, of which an item that cannot be prepared does not cost the others.
+
+    Its error is logged, and ``{"subject", "left_out": why}`` stands for it
+    (:class:`~glmamba_monai.engines.VolumeEvaluator` passes that by). An only item raises its error.
+    """
+
+    def _transform(self, index: int) -> Any:
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            if len(self.data) == 1:
+                raise
+            subject, cause = self.data[index]["subject"], root_cause(error)
+            logger.error("%s: left out: %s", subject, cause)
+            return {"subject": subject, LEFT_OUT_KEY: f"{cause}"}
 
 
 def volume_dataset(

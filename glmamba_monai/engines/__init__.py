@@ -16,6 +16,7 @@ from glmamba_monai.engines.plan import TrainingPlan, segmentation_plan, trainabl
 from glmamba_monai.engines.progress import EpochLine, FinalTable, LossCurve, ValidationPictures
 from glmamba_monai.engines.segmentation import SegmentationLine, SliceDice, mask_items, mask_of, prepare_mask_batch
 from glmamba_monai.engines.trainer import GradientLimit, SliceTrainer, stacked_items, super_resolved_items
+from glmamba_monai.engines.volumes import VolumeEvaluator
 
 __all__ = [
     "DownstreamResults",
@@ -36,6 +37,7 @@ __all__ = [
     "TrainingPlan",
     "TrainingState",
     "ValidationPictures",
+    "VolumeEvaluator",
     "WeightAverage",
     "WeightsLoader",
     "find_weights",

@@ -21,6 +21,7 @@ from monai.engines import Workflow
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from glmamba_monai.data import LEFT_OUT_KEY
 from glmamba_monai.data.datalist import DATALIST_FILE, Datalist, write_datalist
 from glmamba_monai.files import write_checkpoint
 from glmamba_monai.networks import NETWORKS, build_network, find_network
@@ -316,6 +317,8 @@ class WeightsLoader:
 
     def volume_started(self, engine: Engine) -> None:
         batch = engine.state.batch
+        if LEFT_OUT_KEY in batch:
+            return
         subjects = ", ".join(map(str, batch.get("subject", ["the volume"])))
         factors = batch[FACTOR_KEY].reshape(-1, 2).tolist() if FACTOR_KEY in batch else [None]
         try:
