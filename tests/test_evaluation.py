@@ -109,6 +109,37 @@ def test_the_value_is_the_mean_psnr_over_subjects(make_brain):
     assert metric.rows == []
 
 
+def test_what_no_training_changes_is_computed_once(make_brain, monkeypatch):
+    computed = []
+
+    def counted(slices, *args):
+        computed.append(slices)
+        return slice_metrics(slices, *args)
+
+    monkeypatch.setattr("glmamba_monai.engines.evaluation.slice_metrics", counted)
+    metric, degrade = SubjectMetrics("net"), KSpaceLowResolution(2)
+    rows = []
+    for gain in (1, 1.01):  # validations of one training
+        metric.reset()
+        for seed in range(2):
+            item, output, _ = evaluation_item(make_brain, seed, slice(1, 4))
+            item["low_resolution"] = degrade(item["target"])
+            metric.update((item, {"pred": gain * output["pred"]}))
+        rows.append(metric.rows)
+    assert (
+        len(computed) == 2 * 6 + 2 * 2
+    )  # each with what was measured; then the network alone
+    for before, after in zip(*rows, strict=True):
+        assert (before == after) == (not before["method"].startswith("net"))
+        assert (before["subject"], before["method"]) == (after["subject"], after["method"])
+
+    item["data_range"] *= 2  # another volume under the same name
+    metric.reset()
+    metric.update((item, output))
+    assert [row["psnr"] for row in metric.rows] != [row["psnr"] for row in rows[1][6:]]
+    assert len(computed) == 16 + 6
+
+
 @pytest.mark.parametrize("meta", [False, True])
 def test_what_was_measured_gives_each_method_a_second_row(make_brain, meta):
     degrade = KSpaceLowResolution(2)

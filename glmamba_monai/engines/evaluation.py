@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class SubjectMetrics(Metric):
     row, with the metrics of its standard deviation, too.
     Where the item has ``low_resolution (1, x, y, S)``, what was measured, each method has a second row: its result
     after :class:`~glmamba_monai.transforms.KSpaceDataConsistency`.
+    The rows of the baselines, which no training changes, are computed in the first validation and kept: they are four
+    of six, and on a CPU most of its time.
 
     Args:
         network: what to call the network's rows.
@@ -62,6 +64,7 @@ class SubjectMetrics(Metric):
     def __init__(self, network: str) -> None:
         self.network = network
         self.rows: list[Row] = []
+        self._kept: dict[tuple[Any, ...], Row] = {}
         super().__init__()
 
     def reset(self) -> None:
@@ -73,34 +76,44 @@ class SubjectMetrics(Metric):
 
     def update(self, output: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
         item, result = output
-        # Where the network has computed: on a CPU, SSIM alone would take longer than the network on a GPU.
-        target = _slices(item["target"]).to(result["pred"].device)
-        mask = target > float(item["foreground_level"])
         volumes = {method: item[method] for method in BASELINES} | {self.network: result["pred"]}
         sds = {}
         if "ensemble" in result:
             ensemble = self.network + ENSEMBLE
             volumes[ensemble], sds[ensemble] = mean_and_sd(result["ensemble"])
+        self._add_rows(item, volumes, sds)
         if "low_resolution" in item:
-            consistent, measured = KSpaceDataConsistency(), item["low_resolution"].to(target.device)
-            volumes |= {
-                method + DATA_CONSISTENT: consistent(volume.to(target.device), measured)
-                for method, volume in volumes.items()
-            }
-            sds |= {method + DATA_CONSISTENT: consistent_sd(result["ensemble"], measured) for method in sds}
+            device = result["pred"].device
+            consistent, measured = KSpaceDataConsistency(), item["low_resolution"].to(device)
+            sds = {method: consistent_sd(result["ensemble"], measured) for method in sds}
+            self._add_rows(item, volumes, sds, DATA_CONSISTENT, lambda volume: consistent(volume.to(device), measured))
+
+    def _add_rows(
+        self,
+        item: Mapping[str, Any],
+        volumes: Mapping[str, torch.Tensor],
+        sds: Mapping[str, torch.Tensor],
+        addition: str = "",
+        added: Callable[[torch.Tensor], torch.Tensor] = lambda volume: volume,
+    ) -> None:
+        """A row for each volume, after what is done to it, and the standard deviation of some."""
+        # Where the network has computed: on a CPU, SSIM alone would take longer than the network on a GPU.
+        target = _slices(item["target"]).to(volumes[self.network].device)
+        level, data_range = float(item["foreground_level"]), float(item["data_range"])
+        mask = target > level
         for method, volume in volumes.items():
-            slices = _slices(volume).to(target.device)
-            metrics = slice_metrics(slices, target, float(item["data_range"]), mask)
-            row = {
-                "subject": str(item["subject"]),
-                "method": method,
-                "slices": len(target),
-                **{name: float(values.nanmean()) for name, values in metrics.items()},
-            }
-            if method in sds:
-                maps = _slices(sds[method]), (slices.abs() - target).abs(), gradient_magnitude(slices)
-                row |= sd_metrics(*(values[mask] for values in maps))
-            self.rows.append(row)
+            row = {"subject": str(item["subject"]), "method": method + addition, "slices": len(target)}
+            key = (*row.values(), level, data_range)
+            if key not in self._kept:
+                slices = _slices(added(volume)).to(target.device)
+                metrics = slice_metrics(slices, target, data_range, mask)
+                row |= {name: float(values.nanmean()) for name, values in metrics.items()}
+                if method in sds:
+                    maps = _slices(sds[method]), (slices.abs() - target).abs(), gradient_magnitude(slices)
+                    row |= sd_metrics(*(values[mask] for values in maps))
+                if method in BASELINES:
+                    self._kept[key] = row
+            self.rows.append(self._kept.get(key, row))
 
     def compute(self) -> float:
         if dist.is_available() and dist.is_initialized():
