@@ -42,7 +42,7 @@ from torch import Tensor
 from glmamba_monai.data.datalist import find_items, patient_of, split_subjects
 from glmamba_monai.engines import SubjectMetrics
 from glmamba_monai.engines.checkpoint import CHECKPOINT_FILE, read_checkpoint
-from glmamba_monai.engines.evaluation import BASELINES, METRICS_FILE, SUMMARY_FILE, Row
+from glmamba_monai.engines.evaluation import BASELINES, METRICS_FILE, SUMMARY_FILE, Row, rows_of
 from glmamba_monai.engines.progress import format_duration
 from glmamba_monai.files import require_writable, write_atomically, write_csv, write_json
 from glmamba_monai.metrics import CONVENTIONS
@@ -397,13 +397,10 @@ class SliceMetrics(SubjectMetrics):
 
     def update(self, output: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
         super().update(output)
-        of_subjects, self.rows = self.rows, []
         item, result = output
         for i in range(item["target"].shape[-1]):
-            super().update((_one_slice(item, i), _one_slice(result, i)))
-            self.slice_rows += [{**row, "slice": i} for row in self.rows]
-            self.rows = []
-        self.rows = of_subjects
+            rows = rows_of(self.network, _one_slice(item, i), _one_slice(result, i))
+            self.slice_rows += [{**row, "slice": i} for row in rows]
 
     def completed(self, engine: Engine, name: str) -> None:
         super().completed(engine, name)

@@ -126,9 +126,7 @@ def test_what_no_training_changes_is_computed_once(make_brain, monkeypatch):
             item["low_resolution"] = degrade(item["target"])
             metric.update((item, {"pred": gain * output["pred"]}))
         rows.append(metric.rows)
-    assert (
-        len(computed) == 2 * 6 + 2 * 2
-    )  # each with what was measured; then the network alone
+    assert len(computed) == 2 * 6 + 2 * 2  # each with what was measured; then the network alone
     for before, after in zip(*rows, strict=True):
         assert (before == after) == (not before["method"].startswith("net"))
         assert (before["subject"], before["method"]) == (after["subject"], after["method"])

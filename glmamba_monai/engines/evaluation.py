@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class SubjectMetrics(Metric):
     def __init__(self, network: str) -> None:
         self.network = network
         self.rows: list[Row] = []
-        self._kept: dict[tuple[Any, ...], Row] = {}
+        self._kept: dict[tuple[Any, ...], dict[str, Row]] = {}  # of a volume, by method
         super().__init__()
 
     def reset(self) -> None:
@@ -76,44 +76,10 @@ class SubjectMetrics(Metric):
 
     def update(self, output: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
         item, result = output
-        volumes = {method: item[method] for method in BASELINES} | {self.network: result["pred"]}
-        sds = {}
-        if "ensemble" in result:
-            ensemble = self.network + ENSEMBLE
-            volumes[ensemble], sds[ensemble] = mean_and_sd(result["ensemble"])
-        self._add_rows(item, volumes, sds)
-        if "low_resolution" in item:
-            device = result["pred"].device
-            consistent, measured = KSpaceDataConsistency(), item["low_resolution"].to(device)
-            sds = {method: consistent_sd(result["ensemble"], measured) for method in sds}
-            self._add_rows(item, volumes, sds, DATA_CONSISTENT, lambda volume: consistent(volume.to(device), measured))
-
-    def _add_rows(
-        self,
-        item: Mapping[str, Any],
-        volumes: Mapping[str, torch.Tensor],
-        sds: Mapping[str, torch.Tensor],
-        addition: str = "",
-        added: Callable[[torch.Tensor], torch.Tensor] = lambda volume: volume,
-    ) -> None:
-        """A row for each volume, after what is done to it, and the standard deviation of some."""
-        # Where the network has computed: on a CPU, SSIM alone would take longer than the network on a GPU.
-        target = _slices(item["target"]).to(volumes[self.network].device)
-        level, data_range = float(item["foreground_level"]), float(item["data_range"])
-        mask = target > level
-        for method, volume in volumes.items():
-            row = {"subject": str(item["subject"]), "method": method + addition, "slices": len(target)}
-            key = (*row.values(), level, data_range)
-            if key not in self._kept:
-                slices = _slices(added(volume)).to(target.device)
-                metrics = slice_metrics(slices, target, data_range, mask)
-                row |= {name: float(values.nanmean()) for name, values in metrics.items()}
-                if method in sds:
-                    maps = _slices(sds[method]), (slices.abs() - target).abs(), gradient_magnitude(slices)
-                    row |= sd_metrics(*(values[mask] for values in maps))
-                if method in BASELINES:
-                    self._kept[key] = row
-            self.rows.append(self._kept.get(key, row))
+        volume = (str(item["subject"]), item["target"].shape, float(item["data_range"]))
+        rows = rows_of(self.network, item, result, self._kept.get(volume, {}))
+        self._kept[volume] = {row["method"]: row for row in rows if row["method"].split(" + ")[0] in BASELINES}
+        self.rows += rows
 
     def compute(self) -> float:
         if dist.is_available() and dist.is_initialized():
@@ -130,6 +96,53 @@ class SubjectMetrics(Metric):
             plain, *additions = method.split(" + ")  # MLflow takes no plus sign
             prefix = "_".join(["val" if plain == self.network else plain, *additions])
             engine.state.metrics.update({f"{prefix}_{metric}": summary[metric]["mean"] for metric in ("psnr", "ssim")})
+
+
+def rows_of(
+    network: str, item: Mapping[str, Any], result: Mapping[str, Any], known: Mapping[str, Row] | None = None
+) -> list[Row]:
+    """The rows of one item and its result; see :class:`SubjectMetrics`, for what is in them, too.
+
+    Args:
+        network: what to call the network's rows.
+        item: of the evaluator's batch.
+        result: of its output.
+        known: rows of this very item, by method, that need not be computed again.
+    """
+    volumes = {method: item[method] for method in BASELINES} | {network: result["pred"]}
+    sds = {}
+    if "ensemble" in result:
+        ensemble = network + ENSEMBLE
+        volumes[ensemble], sds[ensemble] = mean_and_sd(result["ensemble"])
+    methods: list[tuple[str, str]] = [(method, "") for method in volumes]
+    if "low_resolution" in item:
+        methods += [(method, DATA_CONSISTENT) for method in volumes]
+    # Where the network has computed: on a CPU, SSIM alone would take longer than the network on a GPU.
+    target = _slices(item["target"]).to(result["pred"].device)
+    mask = target > float(item["foreground_level"])
+    rows = []
+    for method, addition in methods:
+        if known and method + addition in known:
+            rows.append(known[method + addition])
+            continue
+        volume, sd = volumes[method], sds.get(method)
+        if addition:
+            measured = item["low_resolution"].to(target.device)
+            volume = KSpaceDataConsistency()(volume.to(target.device), measured)
+            sd = None if sd is None else consistent_sd(result["ensemble"], measured)
+        slices = _slices(volume).to(target.device)
+        metrics = slice_metrics(slices, target, float(item["data_range"]), mask)
+        row = {
+            "subject": str(item["subject"]),
+            "method": method + addition,
+            "slices": len(target),
+            **{name: float(values.nanmean()) for name, values in metrics.items()},
+        }
+        if sd is not None:
+            maps = _slices(sd), (slices.abs() - target).abs(), gradient_magnitude(slices)
+            row |= sd_metrics(*(values[mask] for values in maps))
+        rows.append(row)
+    return rows
 
 
 def _slices(volume: torch.Tensor) -> torch.Tensor:
