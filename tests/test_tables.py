@@ -43,6 +43,21 @@ def tables(monkeypatch):
 
 
 @pytest.fixture
+def runs(tables):
+    return importlib.import_module("runs")
+
+
+@pytest.fixture
+def comparison(tables):
+    return importlib.import_module("comparison")
+
+
+@pytest.fixture
+def published(tables):
+    return importlib.import_module("published")
+
+
+@pytest.fixture
 def dataset_dir(tmp_path, make_subject_folder):
     make_subject_folder(tmp_path / "data", names=["sub00", "sub01", "sub02_study1", "sub02_study2"])
     return str(tmp_path / "data")
@@ -69,81 +84,81 @@ def rows_of(method, values, fold="split", seed=0, **more):
 # --- what stands in the file
 
 
-def test_all_rows_of_table_1_are_there_with_rates_and_published_numbers(tables):
-    assert list(tables.TABLE1) == [name for name in NETWORKS.names if name.startswith("table1_")]
-    trained = {name for name in NETWORKS.names if tables.has_parameters(name)}
-    assert trained == tables.LEARNING_RATES.keys()
-    assert {len(row) for row in tables.TABLE2.values()} == {4}
-    for ours, theirs in tables.PUBLISHED_AS.items():
-        assert ours in NETWORKS.names and theirs in tables.TABLE2
+def test_all_rows_of_table_1_are_there_with_rates_and_published_numbers(runs, published):
+    assert list(published.TABLE1) == [name for name in NETWORKS.names if name.startswith("table1_")]
+    trained = {name for name in NETWORKS.names if runs.has_parameters(name)}
+    assert trained == runs.LEARNING_RATES.keys()
+    assert {len(row) for row in published.TABLE2.values()} == {4}
+    for ours, theirs in published.PUBLISHED_AS.items():
+        assert ours in NETWORKS.names and theirs in published.TABLE2
 
 
 # --- statistics
 
 
-def test_names_and_variants_of_methods(tables):
-    assert tables.split_method("srcnn_ref + dc") == ("srcnn_ref", " + dc")
-    assert tables.split_method("srcnn + dc") == ("srcnn", " + dc")
-    assert tables.split_method("glmamba_light") == ("glmamba_light", "")
-    assert tables.split_method("dc of glmamba") == ("glmamba", "dc of ")
-    assert tables.split_method("nothing known") == ("", "nothing known")
+def test_names_and_variants_of_methods(comparison):
+    assert comparison.split_method("srcnn_ref + dc") == ("srcnn_ref", " + dc")
+    assert comparison.split_method("srcnn + dc") == ("srcnn", " + dc")
+    assert comparison.split_method("glmamba_light") == ("glmamba_light", "")
+    assert comparison.split_method("dc of glmamba") == ("glmamba", "dc of ")
+    assert comparison.split_method("nothing known") == ("", "nothing known")
 
 
-def test_means_and_deviations(tables):
-    assert tables.mean_sd([1.0, 2.0, 4.5], 2) == "2.50 ± 1.80"  # sum of squares 6.5, n - 1 = 2
-    assert tables.mean_sd([0.98765], 4) == "0.9877"
+def test_means_and_deviations(comparison):
+    assert comparison.mean_sd([1.0, 2.0, 4.5], 2) == "2.50 ± 1.80"  # sum of squares 6.5, n - 1 = 2
+    assert comparison.mean_sd([0.98765], 4) == "0.9877"
     rows = rows_of("a", [1.0, 2.0]) + rows_of("a", [3.0, 6.0], seed=1) + rows_of("b", [9.0])
-    assert tables.unit_means(rows, "a") == {("split", "s0", ""): 2.0, ("split", "s1", ""): 4.0}
-    assert tables.unit_means(rows, "a", "ssim")["split", "s1", ""] == pytest.approx(0.04)
+    assert comparison.unit_means(rows, "a") == {("split", "s0", ""): 2.0, ("split", "s1", ""): 4.0}
+    assert comparison.unit_means(rows, "a", "ssim")["split", "s1", ""] == pytest.approx(0.04)
     # Means of the seeds are 1.5 and 4.5: sqrt(2 * 1.5**2).
-    assert tables.seed_sd(rows, "a") == pytest.approx(math.sqrt(4.5))
-    assert tables.seed_sd(rows, "b") is None
+    assert comparison.seed_sd(rows, "a") == pytest.approx(math.sqrt(4.5))
+    assert comparison.seed_sd(rows, "b") is None
     # What one seed has not reached yet does not count: 1 and 3 are left.
-    assert tables.seed_sd(rows[:3] + rows[4:], "a") == pytest.approx(math.sqrt(2))
-    assert tables.seed_sd(rows[:2] + rows_of("a", [1.0], fold="other", seed=1), "a") is None
+    assert comparison.seed_sd(rows[:3] + rows[4:], "a") == pytest.approx(math.sqrt(2))
+    assert comparison.seed_sd(rows[:2] + rows_of("a", [1.0], fold="other", seed=1), "a") is None
 
 
-def test_subjects_are_tested_where_there_are_enough(tables):
+def test_subjects_are_tested_where_there_are_enough(tables, comparison):
     """All of n differences positive: two of 2**n signs are as extreme."""
     for n in (5, 6, 8):
         better = [30 + 0.1 * i * i for i in range(1, n + 1)]
         rows = rows_of("a", better) + rows_of("b", [30.0] * n)
-        found = tables.compare(rows, [], "a", "b")
+        found = comparison.compare(rows, [], "a", "b")
         assert not found.over_slices and found.p == pytest.approx(2 / 2**n)
         assert found.difference == pytest.approx(statistics.fmean(better) - 30)
     assert str(found) == "+2.55 (p = 0.008)"
     assert "smallest that 8 subjects can give is 0.0078" in tables.note_on_test(rows)
 
 
-def test_slices_are_tested_and_said_to_be_where_subjects_are_few(tables):
+def test_slices_are_tested_and_said_to_be_where_subjects_are_few(tables, comparison):
     """Three differences: t has two degrees of freedom, and p is 1 - t / sqrt(2 + t^2)."""
     differences = [0.2, 0.5, 1.1]
     subjects = rows_of("a", [31.0, 32.0]) + rows_of("b", [30.0, 30.5])
     slices = rows_of("a", [30 + d for d in differences]) + rows_of("b", [30.0] * 3)
-    found = tables.compare(subjects, slices, "a", "b")
+    found = comparison.compare(subjects, slices, "a", "b")
     t = np.mean(differences) / (np.std(differences, ddof=1) / math.sqrt(3))
     assert found.over_slices and found.difference == pytest.approx(1.25)
     assert found.p == pytest.approx(1 - t / math.sqrt(2 + t * t))
     assert str(found) == f"+1.25 (p = {found.p:.3f}, slices)"
     assert "not independent" in tables.note_on_test(subjects)
-    assert str(tables.Comparison(0.3, 1e-9, True)) == "+0.30 (p < 0.001, slices)"
+    assert str(comparison.Comparison(0.3, 1e-9, True)) == "+0.30 (p < 0.001, slices)"
 
 
-def test_pairs_are_of_the_same_subject_slice_and_fold(tables):
+def test_pairs_are_of_the_same_subject_slice_and_fold(comparison):
     slices = [
         {"fold": fold, "subject": "s", "slice": i, "method": m, "seed": seed, "psnr": value + seed, "ssim": 0.9}
         for m, values in (("a", {("x", "0"): 5.0, ("x", "1"): 7.0, ("y", "0"): 1.0}), ("b", {("x", "0"): 4.0}))
         for (fold, i), value in values.items()
         for seed in (0, 2)
     ]
-    assert tables._differences(slices, "a", "b") == [1.0]
-    assert tables.compare(slices[:2], [], "a", "b") is None
+    assert comparison.differences(slices, "a", "b") == [1.0]
+    assert comparison.compare(slices[:2], [], "a", "b") is None
 
 
 @pytest.mark.parametrize("n", [2, 6])
-def test_methods_that_are_equal_have_no_p(tables, n):
+def test_methods_that_are_equal_have_no_p(tables, n, comparison):
     rows = rows_of("a", [30.0] * n) + rows_of("b", [30.0] * n)
-    assert str(tables.compare(rows, rows, "a", "b")) == "+0.00"
+    assert str(comparison.compare(rows, rows, "a", "b")) == "+0.00"
 
 
 # --- tables
@@ -259,11 +274,11 @@ def test_table_of_costs(tables, tmp_path, capsys, monkeypatch, device):
 
 
 @DEVICES
-def test_what_is_timed_beside_the_networks_is_what_the_configs_do(tables, make_brain, device):
+def test_what_is_timed_beside_the_networks_is_what_the_configs_do(tables, make_brain, device, runs):
     def transforms(config, name, kind, **options):
         """The transforms of one class in a list of a config, built as the bundle builds them."""
         parser = ConfigParser()
-        parser.read_config(str(tables.CONFIGS / f"{config}.json"))
+        parser.read_config(str(runs.CONFIGS / f"{config}.json"))
         parser.update(options)
         return [made for made in parser.get_parsed_content(name) if type(made).__name__ == kind]
 
@@ -288,9 +303,9 @@ def test_what_is_timed_beside_the_networks_is_what_the_configs_do(tables, make_b
 # --- slices
 
 
-def test_every_slice_has_its_row_and_their_mean_is_the_subjects(tables, tmp_path, make_brain):
+def test_every_slice_has_its_row_and_their_mean_is_the_subjects(tmp_path, make_brain, runs):
     rng = np.random.default_rng(0)
-    metric = tables.SliceMetrics(str(tmp_path / "slices.csv"), network="net")
+    metric = runs.SliceMetrics(str(tmp_path / "slices.csv"), network="net")
     for seed in range(2):
         target = torch.from_numpy(make_brain(seed=seed)["t2"][None])
         noisy = {
@@ -326,14 +341,14 @@ def test_every_slice_has_its_row_and_their_mean_is_the_subjects(tables, tmp_path
 class FakeBundle:
     """In place of the bundle: keeps what it was asked for, writes what it would write; may be told to fail."""
 
-    def __init__(self, tables, monkeypatch):
-        self.tables = tables
+    def __init__(self, runs, monkeypatch):
+        self.runs = runs
         self.calls = []
         self.configs = []
         self.environments = []
         self.failing = {}
         self.meeting = None
-        monkeypatch.setattr(tables, "run_bundle", self)
+        monkeypatch.setattr(runs, "run_bundle", self)
 
     def __call__(self, run_id, configs, options, log, place):
         self.calls.append((run_id, options))
@@ -353,8 +368,8 @@ class FakeBundle:
             for method, psnr in {"zero_filling": 30.0, "bicubic": 29.0, options["network"]: 31.0}.items()
             for i in range(2)
         ]
-        self.tables.write_csv(folder / "metrics.csv", rows[::2], ["subject", "method", "psnr", "ssim"])
-        self.tables.write_csv(folder / "slices.csv", rows, ["subject", "method", "slice", "psnr", "ssim"])
+        self.runs.write_csv(folder / "metrics.csv", rows[::2], ["subject", "method", "psnr", "ssim"])
+        self.runs.write_csv(folder / "slices.csv", rows, ["subject", "method", "slice", "psnr", "ssim"])
         (folder / "summary.json").write_text("{}")
 
     def made(self):
@@ -364,8 +379,8 @@ class FakeBundle:
 
 
 @pytest.fixture
-def bundle(tables, monkeypatch):
-    return FakeBundle(tables, monkeypatch)
+def bundle(runs, monkeypatch):
+    return FakeBundle(runs, monkeypatch)
 
 
 @pytest.fixture
@@ -373,9 +388,9 @@ def arguments(tmp_path, dataset_dir):
     return {"dataset_dir": dataset_dir, "output_dir": str(tmp_path / "out"), "scales": 2, "folds": "sub01", **SHORT}
 
 
-def test_folds(tables, dataset_dir, tmp_path):
+def test_folds(dataset_dir, tmp_path, runs):
     def held_out(folds=None, data=dataset_dir, **options):
-        return tables.Protocol(data, str(tmp_path / "out"), folds, options=options).held_out
+        return runs.Protocol(data, str(tmp_path / "out"), folds, options=options).held_out
 
     both = ["sub02_study1", "sub02_study2"]
     assert held_out("all") == {"sub00": ["sub00"], "sub01": ["sub01"], "sub02": both}
@@ -409,19 +424,19 @@ def test_arguments_that_would_be_lost_are_refused(tables, bundle, arguments):
     assert bundle.calls == []
 
 
-def test_a_network_without_a_rate_is_refused_before_anything_runs(tables, bundle, arguments, monkeypatch):
-    monkeypatch.delitem(tables.LEARNING_RATES, "srcnn_ref")
+def test_a_network_without_a_rate_is_refused_before_anything_runs(tables, runs, bundle, arguments, monkeypatch):
+    monkeypatch.delitem(runs.LEARNING_RATES, "srcnn_ref")
     with pytest.raises(ValueError, match=r"'srcnn_ref' has no learning rate here; name one: --learning_rates"):
         tables.table2(**arguments, networks="srcnn,srcnn_ref")
     assert bundle.calls == []
 
 
-def test_every_row_is_trained_alike_at_its_own_rate(tables, bundle, arguments):
+def test_every_row_is_trained_alike_at_its_own_rate(tables, runs, bundle, arguments):
     rates = {"srcnn_ref": 2e-3}
     tables.table2(**arguments, networks=("srcnn", "srcnn_ref"), learning_rates=rates, device="cpu")
     options = {(run_id, o["network"]): dict(o) for run_id, o in bundle.calls}
     assert list(options) == [(r, n) for n in ("srcnn", "srcnn_ref") for r in ("training", "evaluating")]
-    for network, rate in (("srcnn", tables.LEARNING_RATES["srcnn"]), ("srcnn_ref", 2e-3)):
+    for network, rate in (("srcnn", runs.LEARNING_RATES["srcnn"]), ("srcnn_ref", 2e-3)):
         training, evaluation = options["training", network], options["evaluating", network]
         assert training["learning_rate"] == rate and training["resume"] is True
         assert training["device"] == "$torch.device('cpu')" and training["validation"] == ["sub01"]
@@ -465,21 +480,21 @@ def test_an_option_of_an_overlay_alone_is_no_option_of_the_evaluation(tables, bu
     assert evaluation["train#augmentation#keys"] == "image"  # train.json has it, too
 
 
-def test_order_of_the_runs(tables, dataset_dir, tmp_path):
-    protocol = tables.Protocol(dataset_dir, str(tmp_path / "out"), ["sub00", "sub01"])
-    runs = tables.plan(protocol, ["zero_filling", "srcnn", "glmamba"], [2, 4], [0, 1])
-    assert len(runs) == 2 * 2 * 2 * 2 and {run.network for run in runs} == {"srcnn", "glmamba"}
-    assert [run.folder for run in runs[:3]] == [
+def test_order_of_the_runs(dataset_dir, tmp_path, runs):
+    protocol = runs.Protocol(dataset_dir, str(tmp_path / "out"), ["sub00", "sub01"])
+    planned = runs.plan(protocol, ["zero_filling", "srcnn", "glmamba"], [2, 4], [0, 1])
+    assert len(planned) == 2 * 2 * 2 * 2 and {run.network for run in planned} == {"srcnn", "glmamba"}
+    assert [run.folder for run in planned[:3]] == [
         "srcnn_2x_sub00_seed0",
         "glmamba_2x_sub00_seed0",
         "srcnn_4x_sub00_seed0",
     ]
-    assert [run.seed for run in runs] == [0] * 8 + [1] * 8
-    interpolations = tables.plan(protocol, ["zero_filling", "bicubic"], [2], [0, 1])
+    assert [run.seed for run in planned] == [0] * 8 + [1] * 8
+    interpolations = runs.plan(protocol, ["zero_filling", "bicubic"], [2], [0, 1])
     assert [(run.network, run.fold, run.seed) for run in interpolations] == [
         (name, fold, 0) for fold in ("sub00", "sub01") for name in ("zero_filling", "bicubic")
     ]
-    assert tables.Run("srcnn", 2, "a b/c", 0).folder == "srcnn_2x_a_b_c_seed0"
+    assert runs.Run("srcnn", 2, "a b/c", 0).folder == "srcnn_2x_a_b_c_seed0"
 
 
 def test_an_interpolation_is_evaluated_alone(tables, bundle, arguments, capsys):
@@ -534,12 +549,12 @@ def test_results_of_another_protocol_are_not_mixed_in(tables, bundle, arguments,
     assert bundle.calls == []
 
 
-def test_table_1_in_the_papers_order(tables, bundle, arguments):
+def test_table_1_in_the_papers_order(tables, bundle, arguments, published):
     del arguments["scales"]
     tables.table1(**arguments, seeds=(0, 1))
     text = (Path(arguments["output_dir"]) / "table1.md").read_text()
     head, *rows = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines() if "| " in line]
-    assert [row[0] for row in rows[1:]] == ["zero_filling", "bicubic", *tables.TABLE1]
+    assert [row[0] for row in rows[1:]] == ["zero_filling", "bicubic", *published.TABLE1]
     assert dict(zip(head, rows[-2]))["published, another protocol: BraTS2021"] == "42.58 / .9912"
     assert dict(zip(head, rows[-1]))["published, another protocol: BraTS2021"] == "–"  # ours
     assert len(bundle.calls) == 2 * 2 * 8
@@ -557,19 +572,19 @@ def test_table_1_in_the_papers_order(tables, bundle, arguments):
         (None, 0, [None] * 4),
     ],
 )
-def test_jobs_are_spread_over_the_visible_gpus(tables, monkeypatch, visible, gpus, expected):
+def test_jobs_are_spread_over_the_visible_gpus(monkeypatch, visible, gpus, expected, runs):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = tables.places(4, "cuda", threading.Event())
+    found = runs.places(4, "cuda", threading.Event())
     assert [place.environment.get("CUDA_VISIBLE_DEVICES") for place in found] == expected
     assert {place.environment["OMP_NUM_THREADS"] for place in found} == {"2"}
-    (alone,) = tables.places(1, "$torch.device('cuda:1')", threading.Event())
+    (alone,) = runs.places(1, "$torch.device('cuda:1')", threading.Event())
     assert alone.environment == {}  # as ever
     with pytest.raises(ValueError, match="with several jobs each gets its GPU"):
-        tables.places(2, "$torch.device('cuda:1')", threading.Event())
+        runs.places(2, "$torch.device('cuda:1')", threading.Event())
 
 
 @pytest.mark.parametrize("jobs", [0, -1, 1.5, True, "2"])
@@ -602,13 +617,13 @@ def test_runs_side_by_side_give_the_same_table(tables, bundle, arguments, capsys
     assert sorted(used) == ["0"] * 4 + ["1"] * 4
 
 
-def test_a_failure_among_runs_side_by_side_is_kept_with_its_run(tables, bundle, arguments, capsys):
+def test_a_failure_among_runs_side_by_side_is_kept_with_its_run(tables, runs, bundle, arguments, capsys):
     def fail_one(run_id, configs, options, log, place):
         if options["network"] == "srcnn":
             raise RuntimeError("training ended with 1: no luck")
         bundle(run_id, configs, options, log, place)
 
-    tables.run_bundle = fail_one  # the fixture `bundle` puts the real one back
+    runs.run_bundle = fail_one  # the fixture `bundle` puts the real one back
     with pytest.raises(SystemExit, match="2 of 4 runs failed"):
         tables.table2(**arguments, networks="srcnn,srcnn_ref", seeds=(0, 1), jobs=3)
     printed = capsys.readouterr().out
@@ -646,9 +661,10 @@ def test_the_end_of_the_command_ends_its_runs(arguments, tmp_path, jobs):
     )
     code = (
         "import signal, sys\n"
+        "import runs\n"
         "import tables\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        f"tables.FOLDER = __import__('pathlib').Path({str(fake.parent)!r})\n"
+        f"runs.FOLDER = __import__('pathlib').Path({str(fake.parent)!r})\n"
         f"tables.table2(**{arguments!r}, networks='srcnn', seeds=(0, 1, 2), jobs={jobs})\n"
     )
     path = os.pathsep.join([str(FOLDER), str(FOLDER.parent)])
@@ -674,7 +690,7 @@ def test_the_end_of_the_command_ends_its_runs(arguments, tmp_path, jobs):
 
 
 @pytest.mark.slow
-def test_a_real_run_a_failing_one_and_the_same_again(tables, arguments, capsys, monkeypatch):
+def test_a_real_run_a_failing_one_and_the_same_again(tables, runs, arguments, capsys, monkeypatch):
     arguments.update(networks="srcnn_ref,srcnn", learning_rates={"srcnn_ref": 1e30}, device="cpu")
     with pytest.raises(SystemExit, match="1 of 2 runs failed; the same command tries them again"):
         tables.table2(**arguments)
@@ -706,7 +722,7 @@ def test_a_real_run_a_failing_one_and_the_same_again(tables, arguments, capsys, 
     assert json.loads((srcnn / "summary.json").read_text())["weights"] == str(srcnn / "checkpoint.pt")
 
     # Again: only what has failed is tried.
-    bundle = FakeBundle(tables, monkeypatch)
+    bundle = FakeBundle(runs, monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in srcnn.rglob("*") if path.is_file()}
     tables.table2(**arguments)
     assert bundle.made() == [(run_id, failed.name) for run_id in ("training", "evaluating")]
