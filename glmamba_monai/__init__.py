@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"
 __all__ = ["__version__", "simulate", "super_resolve"]
 
 # Imported when they are asked for: torch and MONAI take seconds.

@@ -12,7 +12,7 @@ from monailabel.interfaces.exception import MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.train.bundle import BundleTrainTask
 
-from glmamba_monai.inference import root_cause
+from glmamba_monai.errors import root_cause
 from glmamba_monai.label_app import MODEL, training_overrides, use_trained_weights
 
 logger = logging.getLogger(__name__)
