@@ -150,7 +150,7 @@ def label_app(folder: str, weights: str | None = None, bundle_root: str | None =
 
     Args:
         folder: to make; must not exist or be empty.
-        weights: file of weights, instead of the bundle's models/model.pt.
+        weights: file of weights for all volumes, instead of the bundle's, chosen by the factor of each.
         bundle_root: folder of the bundle, instead of the one beside the package.
     """
     from glmamba_monai.label_app import set_up_app

@@ -14,9 +14,17 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from glmamba_monai.bundle import locate_bundle
-from glmamba_monai.engines.checkpoint import WEIGHTS_FILE, find_weights, load_weights
+from glmamba_monai.engines.checkpoint import (
+    FACTOR_FILE,
+    WEIGHTS_FILE,
+    find_weights,
+    load_weights,
+    possible_weights,
+    read_weights,
+)
 from glmamba_monai.files import write_atomically, write_json
 from glmamba_monai.networks import build_network
+from glmamba_monai.transforms.grid import whole_factor
 from glmamba_monai.transforms.pair import volume_name
 
 MODEL = "glmamba"  # name in MONAI Label
@@ -60,7 +68,7 @@ def set_up_app(folder: PathLike, weights: PathLike | None = None, bundle_root: P
 
     Args:
         folder: to make; must not exist or be empty.
-        weights: file of weights; None for the bundle's ``models/model.pt``.
+        weights: file of weights, used for all volumes; None for those of the bundle, chosen by the factor of each.
         bundle_root: folder of the bundle; None for the one beside the package.
 
     Returns:
@@ -76,10 +84,14 @@ def set_up_app(folder: PathLike, weights: PathLike | None = None, bundle_root: P
         raise ValueError(f"{folder} exists and is not an empty folder; name a new one for the app")
     sample = _sample_app()
     root = Path(bundle_root) if bundle_root is not None else Path(locate_bundle(look_at_command_line=False))
-    network = build_network(NETWORK)
-    found = find_weights(None if weights is None else str(weights), [str(root / "models")], network)
+    network, models = build_network(NETWORK), [str(root / "models")]
+    # The server wants a model.pt, so it goes first: without one there is no app.
+    files = [find_weights(None if weights is None else str(weights), models, network)]
+    if weights is None:
+        files += [file for file in possible_weights(models, network) if file not in files]
     try:
-        load_weights(network, found, NETWORK)  # refused now, not at the first request
+        for file in files:
+            read_weights(network, file, NETWORK)  # refused now, not at the first request
     except ValueError as error:
         raise ValueError(f"{error}. The app serves {NETWORK!r} alone") from error
     stub = not _torchvision_imports()
@@ -96,7 +108,8 @@ def set_up_app(folder: PathLike, weights: PathLike | None = None, bundle_root: P
                 shutil.copytree(source, bundle / part)
             elif source.is_file():
                 shutil.copyfile(source, bundle / part)
-        shutil.copyfile(found, bundle / "models" / WEIGHTS_FILE)
+        for file, name in zip(files, [WEIGHTS_FILE, *(Path(file).name for file in files[1:])]):
+            shutil.copyfile(file, bundle / "models" / name)
         if stub:
             (partial / STUB_FOLDER).mkdir()
             (partial / STUB_FOLDER / "sitecustomize.py").write_text(STUB, encoding="utf-8")
@@ -138,6 +151,27 @@ def _torchvision_imports() -> bool:
     return True
 
 
+def choose_weights(bundle_root: PathLike, named: Any = None, factor: float | Sequence[float] | None = None) -> Path:
+    """The file of weights in the app for a request.
+
+    Args:
+        bundle_root: the bundle in the app.
+        named: the request's ``model_filename``; where it is no text, none is named (MONAI Label puts the list of all
+            files there), and the factor chooses (:func:`~glmamba_monai.engines.find_weights`).
+        factor: in plane, of the volume or the training.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    models = Path(bundle_root) / "models"
+    if not isinstance(named, str):
+        return Path(find_weights(None, [str(models)], build_network(NETWORK), factor))
+    if not (models / Path(named).name).is_file():
+        there = ", ".join(sorted(file.name for file in models.glob("*.pt")))
+        raise FileNotFoundError(f"model_filename {named}: there is no such file in {models}; it has {there}")
+    return models / Path(named).name
+
+
 def training_overrides(
     bundle_root: PathLike,
     items: Sequence[Mapping[str, str]],
@@ -152,8 +186,8 @@ def training_overrides(
     Args:
         bundle_root: the bundle in the app.
         items: of the images with a final label: ``image``, the reference, and ``label``, the high-resolution target.
-        request: of the training. Besides MONAI Label's ``pretrained``, ``val_split`` and ``model_filename`` it may name
-            any of ``TRAINING_OPTIONS``.
+        request: of the training. Besides MONAI Label's ``pretrained``, ``val_split`` and ``model_filename`` (of the
+            weights to begin with; else those for its factor) it may name any of ``TRAINING_OPTIONS``.
         overrides: MONAI Label's, by the names of ``train.json``.
 
     Returns:
@@ -169,30 +203,29 @@ def training_overrides(
             "on; submit high-resolution targets as labels of their references"
         )
     root = Path(bundle_root)
+    config = ConfigParser.load_config_file(str(root / "configs" / "train.json"))
     datalist = {"training": [{"subject": volume_name(item["image"]), **item} for item in items]}
     ours: dict[str, Any] = {
         "bundle_root": str(root),
         "dataset_dir": str(write_json(root / LABELLED, datalist)),
         "epochs": overrides["train#trainer#max_epochs"],
         "device": f"$torch.device({overrides['device']!r})",
+        "scale": config["scale"],
         **{name: request[name] for name in TRAINING_OPTIONS if request.get(name) is not None},
     }
     if 0 < request.get("val_split", -1) < 1:
         ours["validation"] = request["val_split"]
     if request.get("pretrained", True):
-        named = request.get("model_filename") or WEIGHTS_FILE
-        weights = root / "models" / (named if isinstance(named, str) else named[0])
-        if not weights.is_file():
-            raise FileNotFoundError(f"model_filename {weights.name}: there is no {weights}; send pretrained false")
-        ours["initial_weights"] = str(weights)
+        ours["initial_weights"] = str(choose_weights(root, request.get("model_filename"), ours["scale"]))
     return ours
 
 
 def use_trained_weights(bundle_root: PathLike, overrides: Mapping[str, Any]) -> str:
-    """Put the weights of a training in the place of those that the server uses, if they are better.
+    """Let the server use the weights of a training at its factor, if they are better.
 
-    What counts is the PSNR of both on the patients that this training has held out, at its factor. The weights that
-    were used are kept in ``models/previous-model.pt``.
+    What counts is the PSNR on the patients that this training has held out, of these weights and of those that the
+    server uses at that factor. They become the file for that factor, ``model_2x.pt`` say; of a factor that is no whole
+    number, ``model.pt``. A file in whose place they come is kept, ``previous-model_2x.pt``.
 
     Args:
         bundle_root: the bundle in the app.
@@ -201,18 +234,22 @@ def use_trained_weights(bundle_root: PathLike, overrides: Mapping[str, Any]) -> 
     Returns:
         What was decided and why.
     """
-    root = Path(bundle_root)
-    current, trained = root / "models" / WEIGHTS_FILE, root / "results" / WEIGHTS_FILE
+    root, scale = Path(bundle_root), overrides["scale"]
+    current, trained = choose_weights(root, factor=scale), root / "results" / WEIGHTS_FILE
     before, after = (_held_out_psnr(root, file, overrides) for file in (current, trained))
     figures = f"PSNR {after:.2f} dB on the held-out images, {before:.2f} dB with the weights in use"
     if not after > before:  # NaN is no better
         return f"the trained weights are no better ({figures}): the server goes on with those it has; {trained}"
-    previous = current.with_name(f"previous-{WEIGHTS_FILE}")
-    for source, to in ((current, previous), (trained, current)):
-        write_atomically(to, lambda partial, source=source: shutil.copyfile(source, partial))
+    whole = whole_factor(scale)
+    place = current.with_name(WEIGHTS_FILE if whole is None else FACTOR_FILE.format(whole))
+    former = place.with_name(f"previous-{place.name}") if place.is_file() else current
+    if former != current:
+        write_atomically(former, lambda partial: shutil.copyfile(place, partial))
+    write_atomically(place, lambda partial: shutil.copyfile(trained, partial))
+    volumes = "every factor without a file of its own" if whole is None else f"{whole}x"
     return (
-        f"the server uses the trained weights from now on, for volumes of every factor ({figures}, at that of this "
-        f"training alone); the former are kept in {previous}"
+        f"the server uses the trained weights from now on, {place}, for volumes of {volumes} ({figures}); the former "
+        f"are in {former}"
     )
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import HTTPException
 from monailabel.interfaces.exception import MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferType
+from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
+from torch import nn
 
+from glmamba_monai.engines import load_weights
 from glmamba_monai.errors import root_cause
-from glmamba_monai.label_app import MODEL, training_overrides, use_trained_weights
+from glmamba_monai.label_app import MODEL, NETWORK, choose_weights, training_overrides, use_trained_weights
+from glmamba_monai.transforms.volume import FACTOR_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +42,30 @@ def told_to_the_client() -> Iterator[None]:
         raise HTTPException(
             UNFIT if unfit else FAILED, reason if unfit else f"{type(cause).__name__}: {reason}"
         ) from error
+
+
+class GLMambaInference(BundleInferTask):
+    """Inference of the bundle with the weights for the factor of each volume; see :func:`choose_weights`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.loaded: dict[tuple[str, Path], tuple[Any, nn.Module]] = {}
+        super().__init__(*args, type=InferType.OTHERS, **kwargs)  # clients make segments of what a segmentation returns
+        self.labels = []
+
+    def _get_network(self, device: str, data: Mapping[str, Any] | None) -> nn.Module:
+        """MONAI Label's holds one file, and takes another for it that was written at the same time."""
+        data = data or {}  # None where the server loads a network before the first request
+        factor = data.get(FACTOR_KEY)
+        factor = None if factor is None else np.asarray(factor).tolist()
+        path = choose_weights(self.bundle_path, data.get("model_filename"), factor)
+        state = (path.stat().st_mtime_ns, path.stat().st_size)
+        known, network = self.loaded.get((device, path), (None, None))
+        if known != state:
+            network = copy.deepcopy(self.network).to(device).eval()
+            load_weights(network, path, NETWORK)
+            self.loaded[device, path] = state, network
+        logger.info("weights of %s", path)
+        return network
 
 
 class GLMambaTraining(BundleTrainTask):
@@ -70,9 +101,7 @@ class GLMambaApp:
             raise FileNotFoundError(
                 f"{self.model_dir}/{MODEL}/models: there is no model.pt; make the app anew, by label-app --weights FILE"
             )
-        task.type = InferType.OTHERS  # clients make segments of what a segmentation returns
-        task.labels = []
-        task.load_strict = True  # otherwise what the file lacks would stay random
+        infers[MODEL] = GLMambaInference(self.models[MODEL], self.conf)
         return infers
 
     def init_trainers(self) -> dict[str, Any]:
@@ -83,9 +112,6 @@ class GLMambaApp:
 
     def infer(self, request: Mapping[str, Any], datastore: Any = None) -> dict[str, Any]:
         with told_to_the_client():
-            task = self._infers.get(request.get("model"))
-            if task is not None and task.get_path() is None:  # MONAI Label would go on with random weights
-                raise FileNotFoundError(f"{task.get_path(validate=False)}: the weights are gone; put them back")
             return super().infer(request, datastore)
 
     def train(self, request: Mapping[str, Any]) -> dict[str, Any]:

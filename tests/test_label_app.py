@@ -210,16 +210,33 @@ def test_the_app_folder(tmp_path, installed, weights, monkeypatch, cpu_build):
     assert {f.name: f.read_bytes() for f in (bundle / "configs").iterdir()} == configs
 
 
-def test_without_a_name_the_app_gets_the_weights_for_every_factor(tmp_path, installed, weights):
-    """It has one file for all its requests, which its training replaces."""
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_without_a_name_the_app_gets_all_weights_of_its_network(tmp_path, installed, weights):
     bundle = tmp_path / "bundle"
-    (bundle / "models").mkdir(parents=True)
+    (bundle / "models" / "glmamba_light").mkdir(parents=True)
     (bundle / "configs").symlink_to(BUNDLE / "configs")
     weights.rename(bundle / "models" / "model.pt")
-    torch.save(build_network("srcnn").state_dict(), bundle / "models" / "model_2x.pt")
+    of_light = bundle / "models" / "glmamba_light" / "model.pt"
+    torch.save(build_network("glmamba_light").state_dict(), of_light)
+    for seed, name in enumerate(("model_2x.pt", "model_3x.pt")):
+        torch.manual_seed(seed)
+        torch.save(build_network("glmamba").state_dict(), bundle / "models" / name)
     label_app.set_up_app(tmp_path / "app", bundle_root=bundle)
-    (copied,) = (tmp_path / "app" / "model" / "glmamba" / "models").iterdir()
-    assert copied.name == "model.pt" and copied.read_bytes() == (bundle / "models" / "model.pt").read_bytes()
+    found = contents(tmp_path / "app" / "model" / "glmamba" / "models")
+    of_light.unlink()
+    of_light.parent.rmdir()
+    assert found == contents(bundle / "models") and len(found) == 3
+
+    torch.save(build_network("srcnn").state_dict(), bundle / "models" / "model_2x.pt")
+    with pytest.raises(ValueError, match=r"model_2x\.pt: the weights do not fit network 'glmamba'"):
+        label_app.set_up_app(tmp_path / "another", bundle_root=bundle)
+    (bundle / "models" / "model.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        label_app.set_up_app(tmp_path / "another", bundle_root=bundle)
+    assert not (tmp_path / "another").exists()
 
 
 def test_a_folder_in_use_is_refused(tmp_path, installed, weights):
@@ -306,45 +323,98 @@ def test_training_in_the_app(tmp_path, make_subject_folder, app_bundle):
     made.run()
     assert made.parser.get_parsed_content("train#trainer").state.epoch == 2
     assert made.parser.get_parsed_content("validation") == 0.34
-    former = (app_bundle / "models" / "model.pt").read_bytes()
-    trained = (app_bundle / "results" / "model.pt").read_bytes()
+    models = app_bundle / "models"
+    former, trained = (models / "model.pt").read_bytes(), (app_bundle / "results" / "model.pt").read_bytes()
     said = label_app.use_trained_weights(app_bundle, overrides)
-    assert said.startswith("the server uses the trained weights from now on, for volumes of every factor (PSNR ")
+    assert said.startswith(
+        f"the server uses the trained weights from now on, {models / 'model_2x.pt'}, for volumes of "
+    )
+    assert "for volumes of 2x (PSNR " in said and said.endswith(f"the former are in {models / 'model.pt'}")
     best = made.parser.get_parsed_content("validate#evaluator").state.best_metric
     assert f"PSNR {best:.2f} dB" in said
-    assert (app_bundle / "models" / "model.pt").read_bytes() == trained != former
-    assert (app_bundle / "models" / "previous-model.pt").read_bytes() == former
+    assert contents(models) == {"model.pt": former, "model_2x.pt": trained} and trained != former
     said = label_app.use_trained_weights(app_bundle, overrides)  # of the same weights
     assert said.startswith("the trained weights are no better")
-    assert (app_bundle / "models" / "previous-model.pt").read_bytes() == former
+    assert contents(models) == {"model.pt": former, "model_2x.pt": trained}
+
+
+@pytest.mark.parametrize(
+    ("there", "scale", "expected"),
+    [
+        (["model.pt"], 2, {"model.pt": "model.pt", "model_2x.pt": "trained"}),
+        (
+            ["model.pt", "model_2x.pt"],
+            [2, 2],
+            {"model.pt": "model.pt", "model_2x.pt": "trained", "previous-model_2x.pt": "model_2x.pt"},
+        ),
+        (
+            ["model.pt", "model_2x.pt"],
+            4,
+            {"model.pt": "model.pt", "model_2x.pt": "model_2x.pt", "model_4x.pt": "trained"},
+        ),
+        (
+            ["model.pt", "model_2x.pt"],
+            2.5,
+            {"model.pt": "trained", "model_2x.pt": "model_2x.pt", "previous-model.pt": "model.pt"},
+        ),
+        (["model.pt"], [2, 4], {"model.pt": "trained", "previous-model.pt": "model.pt"}),
+    ],
+    ids=str,
+)
+def test_where_better_weights_go(tmp_path, monkeypatch, there, scale, expected):
+    models, results = tmp_path / "models", tmp_path / "results"
+    for folder in (models, results):
+        folder.mkdir()
+    for name in there:
+        (models / name).write_text(name)
+    (results / "model.pt").write_text("trained")
+    compared = []
+
+    def psnr(root, file, overrides):
+        compared.append(file.read_text())
+        return float(len(compared))
+
+    monkeypatch.setattr(label_app, "_held_out_psnr", psnr)
+    said = label_app.use_trained_weights(tmp_path, {"scale": scale})
+    used = next(name for name, content in expected.items() if content == "trained")
+    former = next((name for name in expected if name.startswith("previous-")), "model.pt")
+    assert {name: content.decode() for name, content in contents(models).items()} == expected
+    assert compared == [used if used in there else "model.pt", "trained"]  # with those that served that factor
+    assert f"from now on, {models / used}, " in said and said.endswith(f"the former are in {models / former}")
+    assert "for volumes of every factor without" in said if used == "model.pt" else f"volumes of {used[6]}x (" in said
 
 
 def test_weights_without_a_figure_take_no_place(tmp_path, monkeypatch):
     """A PSNR that is no number is not a better one."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model.pt").touch()
     monkeypatch.setattr(
         label_app, "_held_out_psnr", lambda root, file, _: float("nan") if "results" in str(file) else 30.0
     )
-    assert "no better" in label_app.use_trained_weights(tmp_path, {})
+    assert "no better" in label_app.use_trained_weights(tmp_path, {"scale": 2})
+    assert contents(tmp_path / "models") == {"model.pt": b""}
 
 
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [
-        ({}, {"weights": "model.pt"}),
+        ({}, {"weights": "model_2x.pt"}),
+        ({"scale": 3}, {"weights": "model.pt", "scale": 3}),
         ({"model_filename": "previous-model.pt"}, {"weights": "previous-model.pt"}),
-        ({"model_filename": ["model.pt"], "val_split": -1}, {"weights": "model.pt"}),
+        ({"model_filename": ["model.pt"], "val_split": -1}, {"weights": "model_2x.pt"}),
         ({"pretrained": False}, {"weights": None}),
         ({"pretrained": False, "scale": 4, "val_split": 0.5}, {"weights": None, "scale": 4, "validation": 0.5}),
     ],
     ids=str,
 )
 def test_a_training_request(tmp_path, app_bundle, request_, expected):
-    (app_bundle / "models" / "previous-model.pt").touch()
+    for name in ("previous-model.pt", "model_2x.pt"):
+        (app_bundle / "models" / name).touch()
     items = [{"image": f"{n}.nii.gz", "label": f"final/{n}.nii.gz"} for n in "ab"]
     found = label_app.training_overrides(app_bundle, items, request_, FROM_MONAI_LABEL)
     begins_with = found.get("initial_weights")
     assert (begins_with and Path(begins_with)) == (expected["weights"] and app_bundle / "models" / expected["weights"])
-    assert {k: found.get(k) for k in ("scale", "validation")} == {k: expected.get(k) for k in ("scale", "validation")}
+    assert found["scale"] == expected.get("scale", 2) and found.get("validation") == expected.get("validation")
     assert found["epochs"] == 2 and found["device"] == "$torch.device('cpu')"
 
 
@@ -352,7 +422,12 @@ def test_a_training_request(tmp_path, app_bundle, request_, expected):
     ("n", "request_", "error", "words"),
     [
         (1, {}, ValueError, r"found 1 image\(s\) with a final label, expected at least 2"),
-        (2, {"model_filename": "none.pt"}, FileNotFoundError, "model_filename none.pt: there is no "),
+        (
+            2,
+            {"model_filename": "none.pt"},
+            FileNotFoundError,
+            "model_filename none.pt: there is no such file in .*; it has model.pt",
+        ),
     ],
 )
 def test_a_training_that_cannot_be(app_bundle, n, request_, error, words):

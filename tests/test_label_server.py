@@ -18,10 +18,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from glmamba_monai.inference import pair, simulate
-from glmamba_monai.networks import build_network
 
 requests = pytest.importorskip("requests")
 pytestmark = pytest.mark.slow
@@ -101,15 +99,7 @@ def studies(tmp_path_factory):
 def app(python, tmp_path_factory):
     """The app folder, and the environment variables and words of the command that label-app prints."""
     folder = tmp_path_factory.mktemp("server")
-    network = build_network("glmamba")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():  # some start at zero
-            parameter += 0.02 * torch.randn_like(parameter)
-    torch.save(network.state_dict(), folder / "model.pt")
-    done = run(
-        python, "-m", "glmamba_monai", "label-app", folder / "app", "--weights", folder / "model.pt", **ENVIRONMENT
-    )
+    done = run(python, "-m", "glmamba_monai", "label-app", folder / "app", **ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
     variables = dict(word.split("=", 1) for word in words if word.startswith("PYTHONPATH="))
@@ -173,7 +163,8 @@ def bundle_run(python, app, tmp_path_factory):
     made = {}
 
     def result(**files):
-        key = (*files.values(), (folder / "model" / "glmamba" / "models" / "model.pt").stat().st_mtime_ns)
+        weights = (folder / "model" / "glmamba" / "models").iterdir()
+        key = (*files.values(), *sorted((file.name, file.stat().st_mtime_ns) for file in weights))
         if key not in made:
             out = tmp_path_factory.mktemp("bundle")
             options = [word for name, file in files.items() for word in (f"--{name}", file)]
@@ -202,7 +193,7 @@ def test_the_model_is_listed(server):
     assert info["models"].keys() == info["trainers"].keys() == {"glmamba"}
     assert info["models"]["glmamba"]["type"] == "others"  # a segmentation would be turned into segments
     assert info["labels"] == []
-    assert info["models"]["glmamba"]["config"]["model_filename"][0] == "model.pt"
+    assert info["models"]["glmamba"]["config"]["model_filename"] == ["model.pt", "model_2x.pt"]
 
 
 @pytest.mark.parametrize("case", ["oblique", "las"])
@@ -221,6 +212,20 @@ def test_the_three_ways_give_what_the_bundle_gives(server, studies, bundle_run, 
     expected = bundle_run(image=both)
     assert_equal(infer(server, f"{case}_pair"), expected, tmp_path)
     assert_equal(infer(server, file=both), expected, tmp_path)
+
+
+def test_weights_by_the_factor_or_by_name(server, app, studies, bundle_run, tmp_path):
+    low, t1 = (studies / f"oblique_{name}.nii.gz" for name in ("low", "t1"))
+    models = app[0] / "model" / "glmamba" / "models"
+    named = {name: bundle_run(image=low, reference=t1, weights=models / name) for name in ("model.pt", "model_2x.pt")}
+    assert not np.array_equal(*(volume.get_fdata() for volume in named.values()))
+    for _ in range(2):  # both are held by now
+        for name, params in (("model_2x.pt", {}), *((name, {"model_filename": name}) for name in named)):
+            answer = infer(server, "oblique_low", {"reference": "oblique_t1", **params})
+            assert_equal(answer, named[name], tmp_path)
+    answer = infer(server, "oblique_low", {"reference": "oblique_t1", "model_filename": "none.pt"})
+    assert answer.status_code == 400
+    assert answer.json()["detail"].endswith("it has model.pt, model_2x.pt")
 
 
 def test_a_reference_on_another_grid(server, studies, bundle_run, tmp_path):
@@ -286,7 +291,8 @@ def test_training_on_submitted_labels(server, app, studies, bundle_run, tmp_path
         "oblique_t1",
         "las_t1",
     }
-    used = (bundle / "models" / "model.pt").read_bytes() == trained
+    used = (bundle / "models" / "model_2x.pt").read_bytes() == trained
+    assert used == (bundle / "models" / "previous-model_2x.pt").is_file()
     decision = "server uses the trained weights" if used else "the trained weights are no better"
     assert any(decision in line for line in done["details"])
     low, t1 = studies / "oblique_low.nii.gz", studies / "oblique_t1.nii.gz"
