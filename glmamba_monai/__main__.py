@@ -265,7 +265,7 @@ def main() -> None:
         if isinstance(call, Call):  # otherwise fire has shown its help
             call._run()
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        from glmamba_monai.inference import root_cause
+        from glmamba_monai.errors import root_cause
 
         print(f"glmamba_monai: error: {root_cause(error)}", file=sys.stderr)
         sys.exit(2)

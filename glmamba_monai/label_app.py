@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from monai.bundle import ConfigParser
 
 from glmamba_monai.bundle import locate_bundle
@@ -32,6 +33,7 @@ NETWORK = "glmamba"  # of inference.json
 SAMPLE_APP = "sample-apps/monaibundle/main.py"
 BUNDLE_PARTS = ("configs", "docs", "LICENSE")
 LABELLED = "monailabel_datalist.json"
+BY_FACTOR = "by factor"  # in the list of files of weights that clients choose from, the first and so their default
 # Of a training request, besides MONAI Label's own; what is not named is train.json's.
 TRAINING_OPTIONS = ("scale", "iterations_per_epoch", "batch_size", "crop_size", "learning_rate", "val_slices")
 # The server of the sample app finds its class by the name of a direct base.
@@ -156,16 +158,19 @@ def choose_weights(bundle_root: PathLike, named: Any = None, factor: float | Seq
 
     Args:
         bundle_root: the bundle in the app.
-        named: the request's ``model_filename``; where it is no text, none is named (MONAI Label puts the list of all
-            files there), and the factor chooses (:func:`~glmamba_monai.engines.find_weights`).
+        named: the request's ``model_filename``; none, :data:`BY_FACTOR` or no text (MONAI Label puts the list of all
+            files there) where the factor shall choose (:func:`~glmamba_monai.engines.find_weights`).
         factor: in plane, of the volume or the training.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
     models = Path(bundle_root) / "models"
-    if not isinstance(named, str):
-        return Path(find_weights(None, [str(models)], build_network(NETWORK), factor))
+    if not isinstance(named, str) or named in ("", BY_FACTOR):
+        try:
+            return Path(find_weights(None, [str(models)], build_network(NETWORK), factor))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{models / WEIGHTS_FILE}: the weights are gone; put them back") from None
     if not (models / Path(named).name).is_file():
         there = ", ".join(sorted(file.name for file in models.glob("*.pt")))
         raise FileNotFoundError(f"model_filename {named}: there is no such file in {models}; it has {there}")
@@ -194,7 +199,7 @@ def training_overrides(
         Overrides of ``train.json``.
 
     Raises:
-        ValueError: there are no two labelled images, or two of one name.
+        ValueError: there are no two labelled images, or two of one name, or an option is no number.
         FileNotFoundError: the weights to begin with are not there.
     """
     if len(items) < 2:
@@ -203,21 +208,32 @@ def training_overrides(
             "on; submit high-resolution targets as labels of their references"
         )
     root = Path(bundle_root)
-    config = ConfigParser.load_config_file(str(root / "configs" / "train.json"))
+    options = {name: request[name] for name in TRAINING_OPTIONS if request.get(name) is not None}
+    for name, value in options.items():
+        if value != "$None" and not _are_numbers(value):  # any other text after a $ would be run as Python
+            raise ValueError(f'{name} {value!r}: expected a number, a list of numbers or "$None"')
+    scale = options.setdefault("scale", ConfigParser.load_config_file(str(root / "configs" / "train.json"))["scale"])
+    if not _are_numbers(scale) or np.size(scale) > 2 or np.min(scale) <= 1:
+        raise ValueError(f"scale {scale!r}: expected a number above 1, or two, one for each axis in plane")
     datalist = {"training": [{"subject": volume_name(item["image"]), **item} for item in items]}
     ours: dict[str, Any] = {
         "bundle_root": str(root),
         "dataset_dir": str(write_json(root / LABELLED, datalist)),
         "epochs": overrides["train#trainer#max_epochs"],
         "device": f"$torch.device({overrides['device']!r})",
-        "scale": config["scale"],
-        **{name: request[name] for name in TRAINING_OPTIONS if request.get(name) is not None},
+        **options,
     }
     if 0 < request.get("val_split", -1) < 1:
         ours["validation"] = request["val_split"]
     if request.get("pretrained", True):
-        ours["initial_weights"] = str(choose_weights(root, request.get("model_filename"), ours["scale"]))
+        ours["initial_weights"] = str(choose_weights(root, request.get("model_filename"), scale))
     return ours
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether it is a number or a list of some."""
+    numbers = value if isinstance(value, list) and value else [value]
+    return all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
 
 
 def use_trained_weights(bundle_root: PathLike, overrides: Mapping[str, Any]) -> str:
@@ -246,7 +262,9 @@ def use_trained_weights(bundle_root: PathLike, overrides: Mapping[str, Any]) -> 
     if former != current:
         write_atomically(former, lambda partial: shutil.copyfile(place, partial))
     write_atomically(place, lambda partial: shutil.copyfile(trained, partial))
-    volumes = "every factor without a file of its own" if whole is None else f"{whole}x"
+    volumes = f"{whole}x"
+    if whole is None:
+        volumes = f"every factor without a file of its own, though they were judged at {scale} alone"
     return (
         f"the server uses the trained weights from now on, {place}, for volumes of {volumes} ({figures}); the former "
         f"are in {former}"

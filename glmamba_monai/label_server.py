@@ -19,7 +19,14 @@ from torch import nn
 
 from glmamba_monai.engines import load_weights
 from glmamba_monai.errors import root_cause
-from glmamba_monai.label_app import MODEL, NETWORK, choose_weights, training_overrides, use_trained_weights
+from glmamba_monai.label_app import (
+    BY_FACTOR,
+    MODEL,
+    NETWORK,
+    choose_weights,
+    training_overrides,
+    use_trained_weights,
+)
 from glmamba_monai.transforms.volume import FACTOR_KEY
 
 logger = logging.getLogger(__name__)
@@ -51,6 +58,10 @@ class GLMambaInference(BundleInferTask):
         self.loaded: dict[tuple[str, Path], tuple[Any, nn.Module]] = {}
         super().__init__(*args, type=InferType.OTHERS, **kwargs)  # clients make segments of what a segmentation returns
         self.labels = []
+        self._config["model_filename"].insert(0, BY_FACTOR)
+
+    def clear_cache(self) -> None:
+        self.loaded.clear()
 
     def _get_network(self, device: str, data: Mapping[str, Any] | None) -> nn.Module:
         """MONAI Label's holds one file, and takes another for it that was written at the same time."""
@@ -58,18 +69,23 @@ class GLMambaInference(BundleInferTask):
         factor = data.get(FACTOR_KEY)
         factor = None if factor is None else np.asarray(factor).tolist()
         path = choose_weights(self.bundle_path, data.get("model_filename"), factor)
-        state = (path.stat().st_mtime_ns, path.stat().st_size)
-        known, network = self.loaded.get((device, path), (None, None))
-        if known != state:
+        written = (path.stat().st_mtime_ns, path.stat().st_size)
+        loaded, network = self.loaded.get((device, path), (None, None))
+        if loaded != written:
             network = copy.deepcopy(self.network).to(device).eval()
             load_weights(network, path, NETWORK)
-            self.loaded[device, path] = state, network
+            self.loaded[device, path] = written, network
         logger.info("weights of %s", path)
         return network
 
 
 class GLMambaTraining(BundleTrainTask):
     """Training of the bundle on the images with a final label; see :func:`training_overrides`."""
+
+    def config(self) -> dict[str, Any]:
+        options = super().config()
+        options["model_filename"].insert(0, BY_FACTOR)
+        return options
 
     def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, Any]:
         self.request = request

@@ -131,11 +131,13 @@ def test_what_no_training_changes_is_computed_once(make_brain, monkeypatch):
         assert (before == after) == (not before["method"].startswith("net"))
         assert (before["subject"], before["method"]) == (after["subject"], after["method"])
 
-    item["data_range"] *= 2  # another volume under the same name
-    metric.reset()
-    metric.update((item, output))
-    assert [row["psnr"] for row in metric.rows] != [row["psnr"] for row in rows[1][6:]]
-    assert len(computed) == 16 + 6
+    # Another volume, or another factor, under the same name.
+    for other in ({"data_range": 2 * item["data_range"]}, {"low_resolution": KSpaceLowResolution(3)(item["target"])}):
+        metric.reset()
+        metric.update(({**item, **other}, output))
+        consistent = [row["psnr"] for row in metric.rows if row["method"] == "bicubic + dc"]
+        assert consistent != [row["psnr"] for row in rows[1][6:] if row["method"] == "bicubic + dc"]
+    assert len(computed) == 16 + 2 * 6
 
 
 @pytest.mark.parametrize("meta", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import shutil
@@ -462,6 +463,14 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # the header is whole
 
 
+def empty(path):
+    path.write_bytes(b"")
+
+
+def no_volume(path):
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 4, 3), np.float32), np.eye(4)), path)
+
+
 def not_finite(path):
     volume = nib.load(path)
     nib.save(nib.Nifti1Image(np.full(volume.shape, np.nan, np.float32), volume.affine), path)
@@ -475,7 +484,7 @@ def elsewhere(path):
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
-@pytest.mark.parametrize("spoil", [cut_off, not_finite, elsewhere])
+@pytest.mark.parametrize("spoil", [empty, no_volume, cut_off, not_finite, elsewhere])
 @pytest.mark.parametrize("weights", ["by factor", "named"])
 def test_a_bad_volume_does_not_cost_the_others(tmp_path, make_subject_folder, bundle, caplog, spoil, position, weights):
     names = ["sub00", "sub01", "sub02"]
@@ -486,7 +495,7 @@ def test_a_bad_volume_does_not_cost_the_others(tmp_path, make_subject_folder, bu
     with pytest.raises(RuntimeError) as error:
         run_on_folder(tmp_path, bundle, **options)
     message = str(root_cause(error.value))
-    assert message.startswith(f"1 of 3 volumes left out:\n  {bad}: ") and str(files[bad]["t1"]) in message
+    assert re.match(rf"1 of 3 volumes left out; .*:\n  {bad}: ", message) and str(files[bad]["t1"]) in message
     assert next(r.getMessage() for r in caplog.records if "left out" in r.getMessage()).startswith(f"{bad}: left out: ")
     written = {f.name.removesuffix("_sr.nii.gz") for f in (tmp_path / "out").glob("*_sr.nii.gz")}
     assert written == set(names)
@@ -497,13 +506,37 @@ def test_a_bad_volume_does_not_cost_the_others(tmp_path, make_subject_folder, bu
         np.testing.assert_array_equal(found, expected[0].numpy())
 
 
+def test_a_full_disk_is_no_bad_volume(tmp_path, make_subject_folder, bundle, monkeypatch):
+    for name in ("sub00", "sub01"):
+        low_resolution(tmp_path, make_subject_folder, 2, name)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("glmamba_monai.registration.write_record", full)
+    with pytest.raises(RuntimeError) as error:
+        run_on_folder(tmp_path, bundle, register=True)
+    cause = root_cause(error.value)
+    assert isinstance(cause, OSError) and cause.errno == errno.ENOSPC
+
+
+def test_a_missing_contrast_is_refused_before_anything_runs(tmp_path, make_subject_folder, bundle):
+    for name in ("sub00", "sub01"):
+        files = low_resolution(tmp_path, make_subject_folder, 2, name)
+    Path(files["t1"]).unlink()
+    with pytest.raises(RuntimeError) as error:
+        run_on_folder(tmp_path, bundle)
+    assert str(root_cause(error.value)).startswith("subject sub01 has no reference (t1); it has t2")
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_where_all_volumes_are_bad_each_is_named(tmp_path, make_subject_folder, bundle):
     for name in ("sub00", "sub01"):
         cut_off(Path(low_resolution(tmp_path, make_subject_folder, 2, name)["t1"]))
     with pytest.raises(RuntimeError) as error:
         run_on_folder(tmp_path, bundle, **{"dataloader#num_workers": 1})
     message = str(root_cause(error.value))
-    assert re.match(r"2 of 2 volumes left out:\n  sub00: .+\n  sub01: ", message)
+    assert re.match(r"2 of 2 volumes left out; .*:\n  sub00: .+\n  sub01: ", message)
     assert not list((tmp_path / "out").glob("*"))
 
 

@@ -381,7 +381,8 @@ def test_where_better_weights_go(tmp_path, monkeypatch, there, scale, expected):
     assert {name: content.decode() for name, content in contents(models).items()} == expected
     assert compared == [used if used in there else "model.pt", "trained"]  # with those that served that factor
     assert f"from now on, {models / used}, " in said and said.endswith(f"the former are in {models / former}")
-    assert "for volumes of every factor without" in said if used == "model.pt" else f"volumes of {used[6]}x (" in said
+    whose = f"every factor without a file of its own, though they were judged at {scale} alone ("
+    assert f"for volumes of {whose if used == 'model.pt' else f'{used[6]}x ('}" in said
 
 
 def test_weights_without_a_figure_take_no_place(tmp_path, monkeypatch):
@@ -395,12 +396,21 @@ def test_weights_without_a_figure_take_no_place(tmp_path, monkeypatch):
     assert contents(tmp_path / "models") == {"model.pt": b""}
 
 
+def test_weights_that_are_gone(app_bundle):
+    (app_bundle / "models" / "model.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"models/model\.pt: the weights are gone; put them back"):
+        label_app.choose_weights(app_bundle, factor=[2, 2])
+
+
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [
         ({}, {"weights": "model_2x.pt"}),
         ({"scale": 3}, {"weights": "model.pt", "scale": 3}),
+        ({"scale": [2, 4]}, {"weights": "model.pt", "scale": [2, 4]}),
         ({"model_filename": "previous-model.pt"}, {"weights": "previous-model.pt"}),
+        ({"model_filename": "model.pt"}, {"weights": "model.pt"}),
+        ({"model_filename": label_app.BY_FACTOR}, {"weights": "model_2x.pt"}),
         ({"model_filename": ["model.pt"], "val_split": -1}, {"weights": "model_2x.pt"}),
         ({"pretrained": False}, {"weights": None}),
         ({"pretrained": False, "scale": 4, "val_split": 0.5}, {"weights": None, "scale": 4, "validation": 0.5}),
@@ -422,6 +432,12 @@ def test_a_training_request(tmp_path, app_bundle, request_, expected):
     ("n", "request_", "error", "words"),
     [
         (1, {}, ValueError, r"found 1 image\(s\) with a final label, expected at least 2"),
+        (2, {"scale": "$2"}, ValueError, r"scale '\$2': expected a number"),
+        (2, {"scale": "2"}, ValueError, "scale '2': expected a number"),
+        (2, {"scale": "$None"}, ValueError, r"scale '\$None': expected a number above 1"),
+        (2, {"scale": 1}, ValueError, "scale 1: expected a number above 1"),
+        (2, {"scale": [2, 2, 2]}, ValueError, r"scale \[2, 2, 2\]: expected a number above 1, or two"),
+        (2, {"crop_size": "$open('x', 'w')"}, ValueError, r"crop_size \"\$open\('x', 'w'\)\": expected a number"),
         (
             2,
             {"model_filename": "none.pt"},

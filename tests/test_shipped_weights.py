@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bundle" / "models"
 GENERAL, FOR_ONE = "model.pt", {2: "model_2x.pt"}
 LIGHT = "glmamba_light/model.pt"
-NAMES = [GENERAL, *FOR_ONE.values(), LIGHT]  # MONAI Label takes the shortest name in models
+NAMES = [GENERAL, *FOR_ONE.values(), LIGHT]  # the first is what the plain MONAI Label takes
 # dB over zero-filling on one slice of a phantom that no training has seen, T1 guides T2
 GAINS = {(GENERAL, 2): 11.28, (GENERAL, 4): 10.96, (LIGHT, 2): 9.45, (LIGHT, 4): 9.88, (FOR_ONE[2], 2): 12.55}
 

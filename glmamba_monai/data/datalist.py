@@ -439,7 +439,8 @@ def inference_items(
 
     Raises:
         ValueError: neither or both of the two ways are given, or the reference is not given in either.
-        FileNotFoundError, ValueError: a file is missing, unreadable or no volume.
+        FileNotFoundError, ValueError: a contrast of a subject is missing, or the only file is missing, unreadable or no
+            volume.
     """
     if (image is None) == (dataset_dir is None) or (image is None and reference is None):
         raise ValueError(
@@ -456,7 +457,7 @@ def inference_items(
         datalist, _ = find_items(str(dataset_dir), target, str(reference), layout, skip_incomplete=False)
         pairs = [item for section in datalist.values() for item in section]
         items = [{"subject": p["subject"], "image": p["target"], "reference": p["reference"]} for p in pairs]
-    for item in items:
+    for item in items if len(items) == 1 else ():  # one of several must not cost the others: LenientDataset
         for role in ("image", "reference"):
             if file_format(item[role]) == "NIfTI":
                 require_volume_file(item[role])

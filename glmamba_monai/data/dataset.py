@@ -36,18 +36,22 @@ class LenientDataset(Dataset):
     """MONAI's ``Dataset``, of which an item that cannot be prepared does not cost the others.
 
     Its error is logged, and ``{"subject", "left_out": why}`` stands for it
-    (:class:`~glmamba_monai.engines.VolumeEvaluator` passes that by). An only item raises its error.
+    (:class:`~glmamba_monai.engines.VolumeEvaluator` passes that by). An only item raises its error, and what is not the
+    item's fault, memory or a full disk, is raised always.
     """
 
     def _transform(self, index: int) -> Any:
         try:
             return super()._transform(index)
         except Exception as error:
-            if len(self.data) == 1:
-                raise
-            subject, cause = self.data[index]["subject"], root_cause(error)
-            logger.error("%s: left out: %s", subject, cause)
-            return {"subject": subject, LEFT_OUT_KEY: f"{cause}"}
+            cause = root_cause(error)
+            if len(self.data) == 1 or isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOSPC:
+                raise  # it is not this volume
+            subject = self.data[index]["subject"]
+            ours = isinstance(cause, (ValueError, OSError))  # such a message says what is wrong
+            reason = str(cause) if ours else f"{type(cause).__name__}: {cause}"
+            logger.error("%s: left out: %s", subject, reason, exc_info=None if ours else error)
+            return {"subject": subject, LEFT_OUT_KEY: reason}
 
 
 def volume_dataset(

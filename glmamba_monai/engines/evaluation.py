@@ -76,8 +76,10 @@ class SubjectMetrics(Metric):
 
     def update(self, output: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
         item, result = output
-        volume = (str(item["subject"]), item["target"].shape, float(item["data_range"]))
-        rows = rows_of(self.network, item, result, self._kept.get(volume, {}))
+        levels = float(item["data_range"]), float(item["foreground_level"])
+        low_resolution = item["low_resolution"].shape if "low_resolution" in item else None
+        volume = (str(item["subject"]), item["target"].shape, *levels, low_resolution)
+        rows = rows_of(self.network, item, result, self._kept.get(volume))
         self._kept[volume] = {row["method"]: row for row in rows if row["method"].split(" + ")[0] in BASELINES}
         self.rows += rows
 

@@ -13,7 +13,8 @@ from glmamba_monai.data import LEFT_OUT_KEY
 class VolumeEvaluator(SupervisedEvaluator):
     """MONAI's ``SupervisedEvaluator`` over a :class:`~glmamba_monai.data.LenientDataset`, one volume a batch.
 
-    What the data set has left out is passed by; after the last volume an error names all of it.
+    What the data set has left out is passed by; after the last volume an error names all of it. What goes wrong with
+    the network, its weights or the writing of results ends the run.
 
     Attributes:
         left_out: ``{subject: why}``, of the last run.
@@ -30,7 +31,10 @@ class VolumeEvaluator(SupervisedEvaluator):
         super().run(global_epoch)
         if self.left_out:
             why = "".join(f"\n  {subject}: {reason}" for subject, reason in self.left_out.items())
-            raise RuntimeError(f"{len(self.left_out)} of {self.state.epoch_length} volumes left out:{why}")
+            raise RuntimeError(
+                f"{len(self.left_out)} of {self.state.epoch_length} volumes left out; a result of an earlier run stays "
+                f"where it lies:{why}"
+            )
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: Mapping[str, Any]) -> dict[str, Any]:
         if LEFT_OUT_KEY not in batchdata:
