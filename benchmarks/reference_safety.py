@@ -25,7 +25,7 @@ from tqdm import tqdm
 from glmamba_monai.bundle import weights_folders
 from glmamba_monai.data import dataset_or_demo, find_items
 from glmamba_monai.data.datalist import patient_of
-from glmamba_monai.engines.checkpoint import find_weights, load_weights
+from glmamba_monai.engines.weights import find_weights, load_weights
 from glmamba_monai.files import require_writable, write_csv
 from glmamba_monai.metrics import slice_metrics
 from glmamba_monai.ops import keep_freed_memory

@@ -21,8 +21,8 @@ from timing import names
 
 from glmamba_monai.data.datalist import find_items, patient_of, split_subjects
 from glmamba_monai.engines import SubjectMetrics
-from glmamba_monai.engines.checkpoint import CHECKPOINT_FILE, read_checkpoint
 from glmamba_monai.engines.evaluation import METRICS_FILE, SUMMARY_FILE, Row, rows_of
+from glmamba_monai.engines.weights import CHECKPOINT_FILE, read_checkpoint
 from glmamba_monai.files import require_writable, write_csv, write_json
 from glmamba_monai.metrics import CONVENTIONS
 from glmamba_monai.networks import build_network, find_network

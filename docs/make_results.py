@@ -24,7 +24,7 @@ from torch import Tensor
 
 from glmamba_monai.bundle import weights_folders
 from glmamba_monai.data import demo_data
-from glmamba_monai.engines.checkpoint import find_weights, load_weights
+from glmamba_monai.engines.weights import find_weights, load_weights
 from glmamba_monai.files import write_atomically
 from glmamba_monai.metrics import slice_metrics
 from glmamba_monai.networks import build_network

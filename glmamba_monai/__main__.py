@@ -50,7 +50,7 @@ def super_resolve(
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
     logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("glmamba_monai.engines.checkpoint").setLevel(logging.INFO)  # which weights are used
+    logging.getLogger("glmamba_monai.engines.weights").setLevel(logging.INFO)  # which weights are used
     inference.super_resolve(
         image,
         reference,

@@ -19,14 +19,14 @@ from glmamba_monai.bundle import require_options
 from glmamba_monai.data.datalist import DATALIST_FILE, Item, evaluation_items, patient_of
 from glmamba_monai.data.segmentation import labelled_items
 from glmamba_monai.dice import scale_name
-from glmamba_monai.engines.checkpoint import (
+from glmamba_monai.engines.downstream import MethodVolumes
+from glmamba_monai.engines.weights import (
     CHECKPOINT_FILE,
     WEIGHTS_FILE,
     load_weights,
     other_settings,
     read_checkpoint,
 )
-from glmamba_monai.engines.downstream import MethodVolumes
 from glmamba_monai.networks import build_network
 
 logger = logging.getLogger(__name__)

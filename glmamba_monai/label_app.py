@@ -15,7 +15,7 @@ import numpy as np
 from monai.bundle import ConfigParser
 
 from glmamba_monai.bundle import locate_bundle
-from glmamba_monai.engines.checkpoint import (
+from glmamba_monai.engines.weights import (
     FACTOR_FILE,
     WEIGHTS_FILE,
     find_weights,

@@ -18,11 +18,11 @@ from glmamba_monai.engines import (
     TrainingState,
     WeightAverage,
     WeightsLoader,
-    checkpoint,
     find_weights,
     load_weights,
 )
-from glmamba_monai.engines.checkpoint import random_state, read_checkpoint, set_random_state
+from glmamba_monai.engines.checkpoint import random_state, set_random_state
+from glmamba_monai.engines.weights import read_checkpoint
 from glmamba_monai.networks import build_network
 
 
@@ -277,7 +277,7 @@ def by_factor(tmp_path, monkeypatch):
         weight = network.state_dict()["reconstruction.weight"]
         (held[batch["subject"][0]],) = (n for n, f in files.items() if torch.equal(f["reconstruction.weight"], weight))
 
-    monkeypatch.setattr(checkpoint, "load_weights", load)
+    monkeypatch.setattr("glmamba_monai.engines.weights.load_weights", load)
     return SimpleNamespace(folder=tmp_path, network=network, loaded=loaded, held=held, engine=Engine(step))
 
 
@@ -299,7 +299,7 @@ def test_each_volume_gets_the_weights_of_its_factor(by_factor, caplog):
     assert by_factor.held == {subject: name for subject, (_, name) in volumes.items()}
     assert by_factor.loaded == ["model_2x.pt", "model_3x.pt", "model.pt", "model_2x.pt"]  # no file twice in a row
     assert loader.path == str(by_factor.folder / "model_2x.pt")
-    of_loader = [record for record in caplog.records if record.name == checkpoint.__name__]
+    of_loader = [record for record in caplog.records if record.name == "glmamba_monai.engines.weights"]
     warned = [record.getMessage() for record in of_loader if record.levelno == logging.WARNING]
     assert len(warned) == 1 and warned[0].startswith("d: ") and "the factor is 2 x 3; " in warned[0]  # not trained for
     said = [record.getMessage() for record in of_loader if record.levelno == logging.INFO]

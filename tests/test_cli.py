@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def loggers_as_they_were():
     loggers = [
-        logging.getLogger(name) for name in ("ignite", "monai.bundle.workflows", "glmamba_monai.engines.checkpoint")
+        logging.getLogger(name) for name in ("ignite", "monai.bundle.workflows", "glmamba_monai.engines.weights")
     ]
     levels = [logger.level for logger in loggers]
     yield

@@ -18,13 +18,13 @@ from monai.data import MetaTensor
 
 import glmamba_monai
 from glmamba_monai import simulate, super_resolve
-from glmamba_monai.engines import checkpoint
 from glmamba_monai.errors import root_cause
 from glmamba_monai.files import save_volume
 from glmamba_monai.inference import pair
 from glmamba_monai.networks import build_network
 
 BUNDLE = Path(__file__).parent.parent / "bundle"
+LOGGER = "glmamba_monai.engines.weights"
 
 
 def make_pair(tmp_path, make_subject_folder, make_affine, axis=2, scale=2, **affine):
@@ -299,7 +299,7 @@ def low_resolution(tmp_path, make_subject_folder, scale, name="sub00", shape=(24
 
 
 def said_of_weights(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == checkpoint.__name__ and r.levelno == logging.INFO]
+    return [r.getMessage() for r in caplog.records if r.name == LOGGER and r.levelno == logging.INFO]
 
 
 @pytest.mark.parametrize(

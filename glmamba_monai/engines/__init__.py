@@ -1,11 +1,4 @@
-from glmamba_monai.engines.checkpoint import (
-    TrainingState,
-    WeightAverage,
-    WeightsLoader,
-    find_weights,
-    load_weights,
-    with_initial_weights,
-)
+from glmamba_monai.engines.checkpoint import TrainingState, WeightAverage
 from glmamba_monai.engines.distributed import join_process_group
 from glmamba_monai.engines.downstream import DownstreamResults, MethodVolumes
 from glmamba_monai.engines.ensemble import EnsembleMeand, SelfEnsembleInferer
@@ -17,6 +10,7 @@ from glmamba_monai.engines.progress import EpochLine, FinalTable, LossCurve, Val
 from glmamba_monai.engines.segmentation import SegmentationLine, SliceDice, mask_items, mask_of, prepare_mask_batch
 from glmamba_monai.engines.trainer import GradientLimit, SliceTrainer, stacked_items, super_resolved_items
 from glmamba_monai.engines.volumes import VolumeEvaluator
+from glmamba_monai.engines.weights import WeightsLoader, find_weights, load_weights, with_initial_weights
 
 __all__ = [
     "DownstreamResults",

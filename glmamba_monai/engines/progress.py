@@ -14,8 +14,8 @@ from monai.engines import Workflow
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from glmamba_monai.engines.checkpoint import WEIGHTS_FILE, load_weights
 from glmamba_monai.engines.evaluation import SubjectMetrics, format_table, over_subjects
+from glmamba_monai.engines.weights import WEIGHTS_FILE, load_weights
 
 
 class LossCurve:
