@@ -268,8 +268,8 @@ def test_training_on_submitted_labels(server, app, studies, bundle_run, tmp_path
     request = {"device": "cpu", "max_epochs": 1, "val_split": 0.5, "pretrained": False}
     short = {"iterations_per_epoch": 2, "batch_size": 2, "crop_size": 16, "val_slices": 2}
 
-    def train():
-        answer = requests.post(f"{server}/train/glmamba", json={**request, **short}, timeout=60)
+    def train(**options):
+        answer = requests.post(f"{server}/train/glmamba", json={**request, **short, **options}, timeout=60)
         assert answer.ok, answer.text
         log = tmp_path / "none"
         log.touch()
@@ -303,5 +303,9 @@ def test_training_on_submitted_labels(server, app, studies, bundle_run, tmp_path
     assert (bundle / "models" / "model_2x.pt").read_bytes() == trained
     assert (bundle / "models" / "previous-model_2x.pt").is_file()
     assert any("server uses the trained weights" in line for line in done["details"])
+    log = app[0] / "logs" / "app.log"
+    assert "begins with the weights of" not in log.read_text()
+    assert train(pretrained=True, model_filename="by factor")["status"] == "DONE"
+    assert f"begins with the weights of {bundle / 'models' / 'model_2x.pt'}" in log.read_text()
     low, t1 = studies / "oblique_low.nii.gz", studies / "oblique_t1.nii.gz"
     assert_equal(infer(server, file=low, label=t1), bundle_run(image=low, reference=t1), tmp_path)
