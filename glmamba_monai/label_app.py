@@ -208,6 +208,9 @@ def training_overrides(
             "on; submit high-resolution targets as labels of their references"
         )
     root = Path(bundle_root)
+    epochs = overrides["train#trainer#max_epochs"]
+    if isinstance(epochs, list) or not _are_numbers(epochs) or epochs < 1:
+        raise ValueError(f"max_epochs {epochs!r}: expected a number from 1 on")
     options = {name: request[name] for name in TRAINING_OPTIONS if request.get(name) is not None}
     for name, value in options.items():
         if value != "$None" and not _are_numbers(value):  # any other text after a $ would be run as Python
@@ -219,7 +222,7 @@ def training_overrides(
     ours: dict[str, Any] = {
         "bundle_root": str(root),
         "dataset_dir": str(write_json(root / LABELLED, datalist)),
-        "epochs": overrides["train#trainer#max_epochs"],
+        "epochs": int(epochs),
         "device": f"$torch.device({overrides['device']!r})",
         **options,
     }

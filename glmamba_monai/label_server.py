@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from fastapi import HTTPException
 from monailabel.interfaces.exception import MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferType
@@ -62,6 +63,15 @@ class GLMambaInference(BundleInferTask):
 
     def clear_cache(self) -> None:
         self.loaded.clear()
+
+    def _update_device(self, data: Mapping[str, Any] | None) -> None:
+        """MONAI Label's puts the text of the request into the config, where one after a $ would be run as Python."""
+        if data and data.get("device"):
+            try:
+                torch.device(data["device"])
+            except RuntimeError:
+                raise ValueError(f"device {data['device']!r}: expected one that the server lists, or cpu") from None
+        super()._update_device(data)
 
     def _get_network(self, device: str, data: Mapping[str, Any] | None) -> nn.Module:
         """MONAI Label's holds one file, and takes another for it that was written at the same time."""

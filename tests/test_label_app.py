@@ -437,6 +437,9 @@ def test_a_training_request(tmp_path, app_bundle, request_, expected):
         (2, {"scale": "$None"}, ValueError, r"scale '\$None': expected a number above 1"),
         (2, {"scale": 1}, ValueError, "scale 1: expected a number above 1"),
         (2, {"scale": [2, 2, 2]}, ValueError, r"scale \[2, 2, 2\]: expected a number above 1, or two"),
+        (2, {"max_epochs": "$open('x', 'w')"}, ValueError, "max_epochs .*: expected a number from 1 on"),
+        (2, {"max_epochs": [1]}, ValueError, r"max_epochs \[1\]: expected a number from 1 on"),
+        (2, {"max_epochs": 0}, ValueError, "max_epochs 0: expected a number from 1 on"),
         (2, {"crop_size": "$open('x', 'w')"}, ValueError, r"crop_size \"\$open\('x', 'w'\)\": expected a number"),
         (
             2,
@@ -448,5 +451,8 @@ def test_a_training_request(tmp_path, app_bundle, request_, expected):
 )
 def test_a_training_that_cannot_be(app_bundle, n, request_, error, words):
     items = [{"image": f"{i}.nii.gz", "label": f"final/{i}.nii.gz"} for i in range(n)]
+    epochs = request_.get("max_epochs", 2)
     with pytest.raises(error, match=words):
-        label_app.training_overrides(app_bundle, items, request_, FROM_MONAI_LABEL)
+        label_app.training_overrides(
+            app_bundle, items, request_, {**FROM_MONAI_LABEL, "train#trainer#max_epochs": epochs}
+        )

@@ -237,6 +237,13 @@ def test_weights_by_the_factor_or_by_name(server, app, studies, bundle_run, tmp_
     assert answer.json()["detail"].endswith("it has model.pt, model_2x.pt")
 
 
+def test_a_device_is_no_python(server, tmp_path):
+    device = f"$open({str(tmp_path / 'run')!r}, 'w')"
+    answer = infer(server, "oblique_low", {"reference": "oblique_t1", "device": device})
+    assert answer.status_code == 400 and answer.json()["detail"].startswith("device ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_reference_on_another_grid(server, studies, bundle_run, tmp_path):
     """The result lies on a grid that no file has."""
     expected = bundle_run(image=studies / "shifted_low.nii.gz", reference=studies / "shifted_t1.nii.gz")
